@@ -1,0 +1,65 @@
+"""One measurement, in a process of its own that was forked from a clean one with the imports done."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from benchmarks import dispatching, statement, workload
+from benchmarks.contenders import CONTENDERS, Places
+from benchmarks.peers import open_storage
+from benchmarks.plan import Cell
+
+
+def work(cell: Cell, places: Places, answer: Connection) -> None:
+    """Send the result of `cell`, or the text of the error that it met. Runs in the child."""
+    try:
+        answer.send(run(cell, places))
+    except BaseException:
+        answer.send(traceback.format_exc())
+
+
+def run(cell: Cell, places: Places) -> dict[str, Any]:
+    """Measure, or make the tables, in this process."""
+    if cell.kind == "migrate":
+        return _migrate(places)
+    contender = CONTENDERS[cell.contender]
+    if contender.is_ours or cell.contender.startswith("orm"):
+        prepare_django(places, contender.synchronous)
+    gc.collect()
+    return asyncio.run(_measure(cell, places))
+
+
+def prepare_django(places: Places, synchronous: str = "NORMAL") -> None:
+    import django
+
+    os.environ.update(
+        DJANGO_SETTINGS_MODULE="benchmarks.settings",
+        BENCH_SQLITE=str(places.sqlite),
+        BENCH_POSTGRES=places.postgres,
+        BENCH_SYNCHRONOUS=synchronous,
+    )
+    django.setup()
+
+
+async def _measure(cell: Cell, places: Places) -> dict[str, Any]:
+    async with open_storage(cell.contender, places) as storage:
+        if cell.kind == "statement":
+            return await statement.compare(storage, places, cell.seconds)
+        module = dispatching if cell.kind == "dispatcher" else workload
+        return await module.measure(storage, cell.chats, cell.seconds)
+
+
+def _migrate(places: Places) -> dict[str, Any]:
+    prepare_django(places)
+    from django.core.management import call_command
+    from django.db import connections
+
+    for database in ("default", "postgres"):
+        call_command("migrate", database=database, run_syncdb=True, verbosity=0)
+    connections.close_all()
+    return {}

@@ -1,0 +1,76 @@
+"""Who takes part, by name: titles and facts for the tables. Imports nothing heavy; `peers` builds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a cell finds its databases."""
+
+    sqlite: Path
+    postgres: str
+    """The directory of PostgreSQL's unix socket."""
+    redis: str
+
+    @property
+    def postgres_dsn(self) -> str:
+        return f"host={self.postgres} user=postgres dbname=postgres"
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    title: str
+    note: str
+    is_ours: bool = False
+    synchronous: str = "NORMAL"
+    """SQLite's `synchronous` on Django's connection."""
+
+
+_WAL = "WAL, synchronous=NORMAL, immediate transactions, as in project/settings.py"
+_SERVER = "fsync and synchronous_commit on, unix socket"
+
+_ALL = [
+    Contender("memory", "aiogram MemoryStorage", "in the process, nothing is kept"),
+    Contender(
+        "redis", "aiogram RedisStorage", "as `from_url` makes it, hiredis, TCP on loopback, persistence off"
+    ),
+    Contender(
+        "aiogram-sqlite",
+        "aiogram-sqlite-storage",
+        "as in its README: pickle, SQLite's default journal and synchronous=FULL, on the loop's thread",
+    ),
+    Contender(
+        "sqlalchemy-sqlite",
+        "aiogram-sqlalchemy-storage, SQLite",
+        "aiosqlite, the engine's defaults, SQLite's default journal and synchronous=FULL",
+    ),
+    Contender(
+        "sqlalchemy-postgres",
+        "aiogram-sqlalchemy-storage, PostgreSQL",
+        f"asyncpg, the engine's defaults (up to 15 connections), {_SERVER}",
+    ),
+    Contender("orm-sqlite", "plain Django ORM, SQLite", f"`aget` and `aupdate_or_create`; {_WAL}"),
+    Contender("orm-postgres", "plain Django ORM, PostgreSQL", f"`aget` and `aupdate_or_create`; {_SERVER}"),
+    Contender("ours-sqlite-off", "DjangoStorage, SQLite, history off", _WAL, is_ours=True),
+    Contender("ours-sqlite-states", "DjangoStorage, SQLite, history states", _WAL, is_ours=True),
+    Contender(
+        "ours-sqlite-states-full",
+        "DjangoStorage, SQLite, history states, synchronous=FULL",
+        "WAL, synchronous=FULL: each commit is an fsync",
+        is_ours=True,
+        synchronous="FULL",
+    ),
+    Contender("ours-postgres-off", "DjangoStorage, PostgreSQL, history off", _SERVER, is_ours=True),
+    Contender("ours-postgres-states", "DjangoStorage, PostgreSQL, history states", _SERVER, is_ours=True),
+]
+
+CONTENDERS = {contender.name: contender for contender in _ALL}
+HANDLER_NAMES = list(CONTENDERS)
+DISPATCHER_NAMES = ["memory", "redis", "orm-sqlite", "ours-sqlite-states", "ours-postgres-states"]
+QUICK_NAMES = ["redis", "ours-sqlite-states", "ours-postgres-states"]
+QUICK_DISPATCHER_NAMES = ["memory", "ours-sqlite-states"]
+BASE = "redis"

@@ -1,0 +1,48 @@
+"""Which cells a run has, and in which order. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.contenders import (
+    DISPATCHER_NAMES,
+    HANDLER_NAMES,
+    QUICK_DISPATCHER_NAMES,
+    QUICK_NAMES,
+)
+
+Kind = Literal["migrate", "handler", "dispatcher", "statement"]
+
+_CHATS = (1, 64, 512)
+_QUICK_CHATS = (1, 64)
+_DISPATCHER_CHATS = 64
+_STATEMENT_NAMES = ("ours-postgres-off", "ours-postgres-states")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: a contender at work for so many chats and seconds."""
+
+    kind: Kind
+    contender: str
+    chats: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.contender} C={self.chats}"
+
+
+def cells_of_a_round(*, quick: bool, seconds: float, only: Sequence[str]) -> list[Cell]:
+    """Return the cells of one round; every round has the same, so contenders take turns.
+
+    With `only`, those whose name ("handler redis C=64") has one of its texts in it.
+    """
+    chats = _QUICK_CHATS if quick else _CHATS
+    names = QUICK_NAMES if quick else HANDLER_NAMES
+    cells = [Cell("handler", name, count, seconds) for count in chats for name in names]
+    cells += [Cell("statement", name, 1, seconds) for name in _STATEMENT_NAMES]
+    dispatchers = QUICK_DISPATCHER_NAMES if quick else DISPATCHER_NAMES
+    cells += [Cell("dispatcher", name, _DISPATCHER_CHATS, seconds * 1.5) for name in dispatchers]
+    return [cell for cell in cells if not only or any(text in str(cell) for text in only)]

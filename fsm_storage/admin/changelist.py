@@ -1,0 +1,86 @@
+"""The list of conversations on tables of any size: nothing here counts or reads more than a few pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from django.contrib.admin.views.main import PAGE_VAR, ChangeList
+from django.core.paginator import Paginator
+from django.http import HttpRequest
+from django.utils.functional import cached_property
+
+COUNT_LIMIT = 1000
+PAGES_AHEAD = 3
+
+if TYPE_CHECKING:
+    _ChangeList = ChangeList
+    _Paginator = Paginator[Any]
+else:
+    _ChangeList, _Paginator = ChangeList, Paginator
+
+
+class AtLeast(int):
+    """A count that was given up; it shows as "1,000+"."""
+
+    def __str__(self) -> str:
+        return f"{int(self) - 1:,}+"
+
+
+class BoundedPaginator(_Paginator):
+    """Counts no further than `COUNT_LIMIT` rows or a few pages beyond the one that is asked for."""
+
+    def __init__(self, *args: Any, page_asked: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bound = max(COUNT_LIMIT, (max(page_asked, 1) + PAGES_AHEAD) * self.per_page)
+
+    @cached_property
+    def count(self) -> int:
+        found = self.object_list.order_by()[: self.bound + 1].count()  # type: ignore[union-attr]
+        return found if found <= self.bound else AtLeast(found)
+
+    def get_elided_page_range(self, number: Any = 1, **kwargs: Any) -> Iterator[int | str]:
+        """Name no last page where nobody has counted so far."""
+        pages = super().get_elided_page_range(number, **kwargs)
+        if not isinstance(self.count, AtLeast):
+            return pages
+        known = [page for page in pages if page == self.ELLIPSIS or int(page) <= int(number) + PAGES_AHEAD]
+        return iter([*known, *([] if known[-1] == self.ELLIPSIS else [self.ELLIPSIS])])
+
+
+def page_asked(request: HttpRequest) -> int:
+    """Return the number of the page in the request's address, 1 if it is none."""
+    try:
+        return int(request.GET.get(PAGE_VAR, 1))
+    except ValueError:
+        return 1
+
+
+class BoundedChangeList(_ChangeList):
+    """A list whose count may be given up; large columns stay in the database."""
+
+    deferred: tuple[str, ...] = ()
+
+    def get_results(self, request: HttpRequest) -> None:
+        super().get_results(request)
+        self.result_list = self.result_list.defer(*self.deferred)
+
+    @property
+    def previous_page(self) -> str | None:
+        return self._page(self.page_num - 1) if self.multi_page and self.page_num > 1 else None
+
+    @property
+    def next_page(self) -> str | None:
+        is_last = self.page_num >= self.paginator.num_pages
+        return self._page(self.page_num + 1) if self.multi_page and not is_last else None
+
+    def _page(self, number: int) -> str:
+        return str(self.get_query_string({PAGE_VAR: number}))
+
+
+class RecordChangeList(BoundedChangeList):
+    deferred = ("data",)
+
+
+class TransitionChangeList(BoundedChangeList):
+    deferred = ("data_before", "data_after")

@@ -1,0 +1,211 @@
+"""The forms: what was typed, read exactly, and what of it is a change. Nothing is written here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+from django import forms
+from django.core.exceptions import ValidationError
+from django.utils.html import format_html
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_lazy
+
+from fsm_storage.admin.durations import HINT, parse_duration
+from fsm_storage.admin.jsontext import JSONTextError, compact, pretty, read_json, read_object
+from fsm_storage.discovery import declared_states
+from fsm_storage.models import FSMRecord
+from fsm_storage.patches import KEEP, Keep
+
+NONE = "none"
+KEEP_TTL, NO_TTL, NEW_TTL = "keep", "never", "after"
+
+Ttl = timedelta | Keep | None
+
+
+def to_option(state: str | None) -> str:
+    """Return a state as the value of an option: no state and a state named so stay apart."""
+    return NONE if state is None else f"={state}"
+
+
+def from_option(text: str) -> str | None:
+    return None if text == NONE else text.removeprefix("=")
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a form asks for; `KEEP` for what it leaves alone."""
+
+    state: str | Keep | None = KEEP
+    data: dict[str, Any] | Keep = KEEP
+    state_ttl: Ttl = KEEP
+    data_ttl: Ttl = KEEP
+
+    def __bool__(self) -> bool:
+        return any(part is not KEEP for part in (self.state, self.data, self.state_ttl, self.data_ttl))
+
+    def as_arguments(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class StateSelect(forms.Select):
+    """The declared states by group; what else is selected, under a heading of its own."""
+
+    def optgroups(self, name: str, value: list[str], attrs: Any = None) -> Any:
+        declared = declared_states()
+        groups = [(group.name or "-", [(to_option(s), s) for s in group.states]) for group in declared.groups]
+        options: list[Any] = [(NONE, _("— no state —")), *groups]
+        selected = from_option(value[0]) if value and value[0] else None
+        if selected is not None and selected not in declared:
+            options.append((_("Not declared by any app"), [(to_option(selected), selected or '""')]))
+        self.choices = options
+        return super().optgroups(name, value, attrs)
+
+
+def _read_expiry(form: forms.Form, name: str) -> Ttl:
+    """Return what a choice and the duration beside it mean together."""
+    choice, text = form.cleaned_data.get(name), form.cleaned_data.get(f"{name}_for", "")
+    if choice == NO_TTL and text:
+        form.add_error(f"{name}_for", _("Choose “never”, or type a duration; not both."))
+        return KEEP
+    if choice == NO_TTL:
+        return None
+    if text:
+        try:
+            return parse_duration(text)
+        except ValueError as error:
+            form.add_error(f"{name}_for", str(error))
+    elif choice == NEW_TTL:
+        form.add_error(f"{name}_for", _("Type how long, for example 2h."))
+    return KEEP
+
+
+def _expiry_choice(label: Any) -> forms.ChoiceField:
+    choices = [
+        (KEEP_TTL, gettext_lazy("Keep it as it is")),
+        (NEW_TTL, gettext_lazy("From now on, in…")),
+        (NO_TTL, gettext_lazy("Never")),
+    ]
+    return forms.ChoiceField(label=label, choices=choices, initial=KEEP_TTL, required=False)
+
+
+def _duration(label: Any) -> forms.CharField:
+    attrs = {"placeholder": "2h", "size": 8, "autocomplete": "off", "aria-label": label}
+    return forms.CharField(label=label, required=False, widget=forms.TextInput(attrs=attrs), help_text=HINT)
+
+
+class RecordForm(forms.Form):
+    """One conversation. `changes` says what differs from the version that was opened.
+
+    That version's state and data travel in the form, so that what the user left alone can be left
+    alone, also when it expired meanwhile, and a conflict can be shown from all three sides.
+    """
+
+    version = forms.IntegerField(widget=forms.HiddenInput, min_value=0, max_value=2**63 - 1)
+    opened_state = forms.CharField(widget=forms.HiddenInput, strip=False)
+    opened_data = forms.CharField(widget=forms.HiddenInput, strip=False)
+    state = forms.CharField(
+        label=gettext_lazy("State"), strip=False, required=False, widget=StateSelect(attrs={"id": "id_state"})
+    )
+    other_state = forms.CharField(
+        label=gettext_lazy("Or another state"),
+        required=False,
+        help_text=gettext_lazy("Goes before the choice above. For a state that no app declares."),
+        widget=forms.TextInput(attrs={"autocomplete": "off", "spellcheck": "false", "class": "vTextField"}),
+    )
+    state_ttl = _expiry_choice(gettext_lazy("State expires"))
+    state_ttl_for = _duration(gettext_lazy("State expires in"))
+    data = forms.CharField(
+        label=gettext_lazy("Data"),
+        strip=False,
+        required=False,
+        widget=forms.Textarea(attrs={"class": "fsm-json", "spellcheck": "false", "autocomplete": "off"}),
+    )
+    data_ttl = _expiry_choice(gettext_lazy("Data expires"))
+    data_ttl_for = _duration(gettext_lazy("Data expires in"))
+
+    changes = Changes()
+    yours: Any = None
+
+    def __init__(self, record: FSMRecord, data: Any = None) -> None:
+        self.record = record
+        state, stored = record.current_state, record.current_data
+        text = pretty(stored)
+        initial = {
+            "version": record.version,
+            "opened_state": to_option(state),
+            "opened_data": compact(stored),
+            "state": to_option(state),
+            "data": text,
+        }
+        super().__init__(data, initial=initial)
+        shown = data.get("data", text) if data else text
+        self.fields["data"].widget.attrs["rows"] = min(max(shown.count("\n") + 2, 6), 30)
+        self.fields["data"].widget.attrs["aria-describedby"] = "id_data_helptext"
+
+    @property
+    def opened(self) -> tuple[str | None, Any]:
+        """The state and the data of the version that was opened."""
+        return from_option(self.cleaned_data["opened_state"]), self.cleaned_data["opened_data"]
+
+    def clean_opened_data(self) -> Any:
+        try:
+            return read_json(self.cleaned_data["opened_data"])
+        except JSONTextError as error:
+            raise ValidationError(str(error)) from error
+
+    def clean_data(self) -> Any:
+        text = self.cleaned_data["data"]
+        try:
+            if compact(read_json(text)) == compact(self.cleaned_data.get("opened_data")):
+                return KEEP  # also where it is no object: what is not changed need not be right
+            return read_object(text)
+        except JSONTextError as error:
+            raise ValidationError(_error_html(error)) from error
+
+    def clean(self) -> dict[str, Any]:
+        cleaned = cast("dict[str, Any]", super().clean())
+        if self.errors.keys() & {"version", "opened_state", "opened_data"}:
+            raise ValidationError(_("This page is incomplete. Open the conversation again."))
+        opened, chosen = cleaned["opened_state"], cleaned.get("other_state", "")
+        option = f"={chosen}" if chosen else cleaned.get("state") or opened
+        self.yours = from_option(option)
+        state: str | Keep | None = KEEP if option == opened else self.yours
+        state_ttl, data_ttl = _read_expiry(self, "state_ttl"), _read_expiry(self, "data_ttl")
+        self.changes = Changes(state, cleaned.get("data", KEEP), state_ttl, data_ttl)
+        self._check_expiries()
+        return cleaned
+
+    def _check_expiries(self) -> None:
+        """Refuse an expiry for what is not there: it would be dropped without a word."""
+        changes, record = self.changes, self.record
+        state = record.current_state if changes.state is KEEP else changes.state
+        data = record.current_data if changes.data is KEEP else changes.data
+        if changes.state_ttl is not KEEP and state is None:
+            self.add_error("state_ttl", _("There is no state that could expire."))
+        if changes.data_ttl is not KEEP and data == {}:
+            self.add_error("data_ttl", _("There is no data that could expire."))
+
+
+def _error_html(error: JSONTextError) -> str:
+    if not error.excerpt:
+        return str(error)
+    return format_html('{}<pre class="fsm-excerpt">{}</pre>', str(error), error.excerpt)
+
+
+class ExtendForm(forms.Form):
+    """How long the selected conversations shall still live."""
+
+    duration = forms.CharField(
+        label=gettext_lazy("Keep for at least"),
+        initial="24h",
+        help_text=HINT,
+        widget=forms.TextInput(attrs={"size": 12, "autocomplete": "off", "required": True}),
+    )
+
+    def clean_duration(self) -> timedelta:
+        try:
+            return parse_duration(self.cleaned_data["duration"])
+        except ValueError as error:
+            raise ValidationError(str(error)) from error

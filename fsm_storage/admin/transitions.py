@@ -1,0 +1,119 @@
+"""How conversations got where they are: a timeline for one, and a list of all. Nothing is changed here."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from django.contrib import admin
+from django.core.paginator import Paginator
+from django.http import HttpRequest
+from django.utils.html import format_html
+from django.utils.safestring import SafeString
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_lazy
+
+from fsm_storage.admin.changelist import BoundedPaginator, TransitionChangeList, page_asked
+from fsm_storage.admin.durations import in_words
+from fsm_storage.admin.presentation import ago, badge, clock_of, instant, labelled
+from fsm_storage.models import FSMRecord, FSMTransition
+
+if TYPE_CHECKING:
+    Base = admin.ModelAdmin[FSMTransition]
+else:
+    Base = admin.ModelAdmin
+
+
+class Step(NamedTuple):
+    """A row of the timeline, ready to be shown."""
+
+    when: SafeString
+    change: SafeString
+    source: str
+    actor: str
+    dwell: str
+    is_newest: bool
+
+
+def timeline(record: FSMRecord, limit: int) -> list[Step]:
+    """Return the record's last `limit` changes, newest first."""
+    found = FSMTransition.objects.of(record).defer("data_before", "data_after")[:limit]
+    now, steps = clock_of(record), []
+    until: datetime | None = None
+    for transition in found:
+        span = in_words((until or now) - transition.at)
+        is_newest = until is None
+        steps.append(
+            Step(
+                ago(transition.at, now),
+                change(transition),
+                transition.get_source_display(),
+                transition.actor,
+                _("%(time)s so far") % {"time": span} if is_newest else span,
+                is_newest,
+            )
+        )
+        until = transition.at
+    return steps
+
+
+def change(transition: FSMTransition) -> SafeString:
+    """Return what changed, as badges."""
+    if transition.from_state == transition.to_state:
+        return format_html('{} <span class="fsm-quiet">{}</span>', badge(transition.to_state), _("data changed"))
+    return format_html(
+        '{} <span class="fsm-arrow">→</span> {}', badge(transition.from_state), badge(transition.to_state)
+    )
+
+
+@admin.register(FSMTransition)
+class TransitionAdmin(Base):
+    """A list to read, newest first; of one conversation when it is opened from there."""
+
+    list_display = ["when", "conversation", "what", "cause"]
+    list_display_links = None
+    list_filter = ["source"]
+    list_per_page = 100
+    ordering = ["-id"]
+    sortable_by: list[str] = []
+    show_full_result_count = False
+    show_facets = admin.ShowFacets.NEVER
+    actions = None
+
+    class Media:
+        css = {"all": ["fsm_storage/admin.css"]}
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: FSMTransition | None = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: FSMTransition | None = None) -> bool:
+        return False
+
+    def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest) -> bool:
+        return lookup in {"alias", "key", "source__exact"}
+
+    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[TransitionChangeList]:
+        return TransitionChangeList
+
+    def get_paginator(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Paginator[Any]:
+        return BoundedPaginator(*args, **kwargs, page_asked=page_asked(request))
+
+    @admin.display(description=gettext_lazy("when"))
+    def when(self, transition: FSMTransition) -> SafeString:
+        return labelled(_("When"), instant(transition.at, transition.at.strftime("%Y-%m-%d %H:%M:%S")))
+
+    @admin.display(description=gettext_lazy("conversation"))
+    def conversation(self, transition: FSMTransition) -> SafeString:
+        return labelled(_("Conversation"), transition.key)
+
+    @admin.display(description=gettext_lazy("change"))
+    def what(self, transition: FSMTransition) -> SafeString:
+        return change(transition)
+
+    @admin.display(description=gettext_lazy("by"))
+    def cause(self, transition: FSMTransition) -> SafeString:
+        text = f"{transition.get_source_display()} {transition.actor}".strip()
+        return labelled(_("By"), text)

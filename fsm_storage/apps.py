@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+from django.apps import AppConfig
+from django.core.checks import register
+from django.utils.translation import gettext_lazy as _
+
+
+class FSMStorageConfig(AppConfig):
+    name = "fsm_storage"
+    verbose_name = _("Conversations")
+    default_auto_field = "django.db.models.BigAutoField"
+
+    def ready(self) -> None:
+        from fsm_storage.checks import check_storages
+
+        register(check_storages, "fsm_storage")

@@ -1,0 +1,295 @@
+"""`DjangoStorage`: aiogram's storage on a Django database."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar, cast
+
+from aiogram.fsm.state import State
+from aiogram.fsm.storage.base import BaseStorage, KeyBuilder, StateType, StorageKey
+from asgiref.sync import sync_to_async
+from django.core.checks import CheckMessage
+from django.utils.module_loading import import_string
+
+from fsm_storage.backends.options import check_options, checked_options
+from fsm_storage.backends.session import Session
+from fsm_storage.batching import AGAIN, Batcher, Replies
+from fsm_storage.codec import Codec, Dumps, Loads
+from fsm_storage.dialects import LOCKED, Cause, History, Read, Scope, Write, Written
+from fsm_storage.exceptions import InvalidState, InvalidStateType, StorageClosed
+from fsm_storage.keys import (
+    MAX_ACTOR_LENGTH,
+    MAX_STATE_LENGTH,
+    RecordKeyBuilder,
+    check_key,
+    check_key_text,
+    text_flaw,
+)
+from fsm_storage.patches import KEEP, Keep, Patch, Ttl, ttl_seconds
+
+T = TypeVar("T")
+TtlOption = timedelta | float | None
+
+
+class Identified(Protocol):
+    """What `edit` needs of a record: its key, as text and taken apart."""
+
+    key: str
+
+    @property
+    def storage_key(self) -> StorageKey: ...
+
+
+class DjangoStorage(BaseStorage):
+    """Keeps the conversations of a bot in the tables of a Django project.
+
+    What it promises: when the await of a write returns, the database has committed it.
+    `update_data` is atomic over all processes. A read sees every write that finished before it
+    began. Concurrent operations share transactions. One object serves any number of threads and
+    event loops, also after a fork.
+
+    - `alias`: part of each record's identity; two storages with different aliases share nothing.
+    - `database`: an alias of `DATABASES`; SQLite or PostgreSQL.
+    - `key_builder`: an aiogram `KeyBuilder`, or its dotted path; by default every part of the key counts.
+    - `state_ttl`, `data_ttl`: seconds or timedelta; each write of a part restarts its time. None: for ever.
+    - `json_loads`, `json_dumps`: functions, or their dotted paths.
+    - `history`: "off", "states" (each real change of state becomes an `FSMTransition`), or "full"
+      (each change of state or data, with the data before and after).
+    - `timeout`: seconds that an operation may wait, retries included.
+    - `max_pending`: operations that may wait at a time; past them, callers wait for room.
+    - `batch_size`: operations in one transaction at the most.
+    - `in_transaction`: for tests: run each operation on the connection of the thread that Django's
+      `TestCase` uses, inside its transaction.
+
+    Operations raise `StorageTimeout`, `StorageUnavailable`, `StorageClosed`; errors of the caller
+    derive from `ValueError` and `TypeError` and name the key. A cancelled caller stops waiting;
+    its write happens whole or not at all.
+    """
+
+    def __init__(
+        self,
+        alias: str = "default",
+        *,
+        database: str = "default",
+        key_builder: KeyBuilder | str | None = None,
+        state_ttl: TtlOption = None,
+        data_ttl: TtlOption = None,
+        json_loads: Loads | str | None = None,
+        json_dumps: Dumps | str | None = None,
+        history: History = "states",
+        timeout: float = 5.0,
+        max_pending: int = 10_000,
+        batch_size: int = 256,
+        in_transaction: bool = False,
+    ) -> None:
+        checked_options(
+            alias,
+            {
+                "key_builder": key_builder, "state_ttl": state_ttl, "data_ttl": data_ttl,
+                "json_loads": json_loads, "json_dumps": json_dumps, "history": history,
+                "timeout": timeout, "max_pending": max_pending, "batch_size": batch_size,
+            },
+        )  # fmt: skip
+        self.alias, self.database, self.in_transaction = alias, database, in_transaction
+        self.key_builder: KeyBuilder = _loaded(key_builder, called=True) or RecordKeyBuilder()
+        self.codec = Codec(_loaded(json_loads), _loaded(json_dumps))
+        self._state_ttl, self._data_ttl = Ttl(ttl_seconds(state_ttl)), Ttl(ttl_seconds(data_ttl))
+        self._scope = Scope(alias, history, self.codec)
+        self._session = Session(database, timeout)
+        self._limits = {"timeout": timeout, "max_pending": max_pending, "batch_size": batch_size}
+        self._reads: Batcher[Read | Write, Any] | None = None
+        self._writes: Batcher[Read | Write, Any] | None = None
+        self._starting = threading.Lock()
+        self.closed = False
+
+    @classmethod
+    def check(cls, alias: str, options: Mapping[str, Any]) -> list[CheckMessage]:
+        """System checks of the `OPTIONS` of one alias."""
+        return check_options(cls, alias, options)
+
+    async def set_state(self, key: StorageKey, state: StateType = None) -> None:
+        text = self._text(key)
+        await self._write(Write(text, key, Patch(_state_text(state, text)), self._state_ttl, self._data_ttl))
+
+    async def get_state(self, key: StorageKey) -> str | None:
+        return cast("str | None", await self._read(Read(self._text(key))))
+
+    async def set_data(self, key: StorageKey, data: Mapping[str, Any]) -> None:
+        text = self._text(key)
+        patch = Patch(data=self.codec.encode(data, text))
+        await self._write(Write(text, key, patch, self._state_ttl, self._data_ttl))
+
+    async def get_data(self, key: StorageKey) -> dict[str, Any]:
+        text = self._text(key)
+        return self.codec.decode(cast(str, await self._read(Read(text, data=True))), text)
+
+    async def get_value(
+        self, storage_key: StorageKey, dict_key: str, default: Any | None = None
+    ) -> Any | None:
+        data = await self.get_data(storage_key)
+        return data.get(dict_key, default)
+
+    async def update_data(self, key: StorageKey, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Lay `data` over what is there, key by key, atomically over all processes; return all of it."""
+        text = self._text(key)
+        patch = Patch(merge=(self.codec.encode(data, text),))
+        written = await self._write(Write(text, key, patch, self._state_ttl, self._data_ttl))
+        return self.codec.decode(cast(str, written.data), text)
+
+    async def close(self) -> None:
+        """Finish what was accepted, for `timeout` seconds at the most, and refuse what comes later."""
+        self.closed = True
+        for batcher in {self._reads, self._writes} - {None}:
+            await cast("Batcher[Any, Any]", batcher).close()
+
+    def shut(self) -> None:
+        """Do what `close()` does, from synchronous code."""
+        self.closed = True
+        for batcher in {self._reads, self._writes} - {None}:
+            thread = cast("Batcher[Any, Any]", batcher).shut()
+            if thread is not None and thread is not threading.current_thread():
+                thread.join(self._limits["timeout"])
+
+    def edit(
+        self,
+        records: Sequence[Identified],
+        *,
+        state: StateType | Keep = KEEP,
+        data: Mapping[str, Any] | Keep = KEEP,
+        state_ttl: TtlOption | Keep = KEEP,
+        data_ttl: TtlOption | Keep = KEEP,
+        if_versions: Sequence[int] | None = None,
+        by: Any = None,
+        source: str = "admin",
+    ) -> int:
+        """Change records from synchronous code, in one transaction; return how many were written.
+
+        See `FSMRecord.edit`, which is how to call it. All are changed or, when it raises, none.
+        """
+        patches = [
+            Patch(
+                KEEP if state is KEEP else _state_text(state, record.key),
+                KEEP if data is KEEP else self.codec.encode(data, record.key),
+            )
+            for record in records
+        ]
+        state_rule, data_rule = _edit_ttl(state_ttl, self._state_ttl), _edit_ttl(data_ttl, self._data_ttl)
+        versions: Sequence[int | None] = if_versions or [None] * len(records)
+        writes = [
+            Write(record.key, record.storage_key, patch, state_rule, data_rule, version)
+            for record, patch, version in zip(records, patches, versions, strict=True)
+        ]
+        scope = self._scope._replace(cause=Cause(source, _actor(by)))
+        replies = self._session.write_here(writes, scope)
+        return sum(isinstance(reply, Written) and reply.version is not None for reply in replies)
+
+    def sweep(self, limit: int = 1000) -> tuple[int, int, int]:
+        """Clear up to `limit` expired states and as many data, and delete the records left idle.
+
+        Returns the three counts; all 0 when there is nothing left to do. Synchronous.
+        """
+        return self._session.sweep(self._scope, limit)
+
+    def _text(self, key: StorageKey) -> str:
+        check_key(key)
+        text = self.key_builder.build(key)
+        check_key_text(text)
+        return text
+
+    async def _read(self, read: Read) -> Any:
+        if self.in_transaction:
+            return await self._now(read)
+        return await (self._reads or self._start()[0]).submit(read)
+
+    async def _write(self, write: Write) -> Written:
+        if self.in_transaction:
+            return cast(Written, await self._now(write))
+        return cast(Written, await (self._writes or self._start()[1]).submit(write))
+
+    async def _now(self, op: Read | Write) -> Any:
+        if self.closed:
+            raise StorageClosed
+        reply = await sync_to_async(self._carry_out)(op)
+        if isinstance(reply, BaseException):
+            raise reply
+        return reply
+
+    def _carry_out(self, op: Read | Write) -> Any:
+        if isinstance(op, Write):
+            return self._session.write_here([op], self._scope)[0]
+        return self._session.read([op], self._scope, 0.0)[0]
+
+    def _start(self) -> tuple[Batcher[Read | Write, Any], Batcher[Read | Write, Any]]:
+        """Make the batchers, at the first operation: settings are not read earlier."""
+        with self._starting:
+            if self._writes is None or self._reads is None:
+                dialect = self._session.dialect
+                writes = self._batcher("writes" if dialect.reads_apart else "all")
+                self._reads = self._batcher("reads") if dialect.reads_apart else writes
+                self._writes = writes
+                if self.closed:
+                    self.shut()
+            return self._reads, self._writes
+
+    def _batcher(self, what: str) -> Batcher[Read | Write, Any]:
+        return Batcher(
+            self._commit,
+            key=_collision_key,
+            release=self._session.release,
+            name=f"fsm_storage {self.alias} {what}",
+            timeout=self._limits["timeout"],
+            max_pending=int(self._limits["max_pending"]),
+            batch_size=int(self._limits["batch_size"]),
+        )
+
+    def _commit(self, ops: Sequence[Read | Write], deadline: float) -> Replies[Any]:
+        reads = [op for op in ops if isinstance(op, Read)]
+        writes = [op for op in ops if isinstance(op, Write)]
+        read = iter(self._session.read(reads, self._scope, deadline) if reads else ())
+        written = iter(self._session.write(writes, self._scope, deadline) if writes else ())
+        replies = [next(read if isinstance(op, Read) else written) for op in ops]
+        return [AGAIN if reply is LOCKED else reply for reply in replies]
+
+
+def _collision_key(op: Read | Write) -> str | None:
+    return op.key if isinstance(op, Write) else None
+
+
+def _state_text(state: StateType, key: str) -> str | None:
+    """Return the text of a state, as aiogram does for a `State`; refuse what cannot be kept exactly."""
+    if isinstance(state, State):
+        state = state.state
+    if state is None:
+        return None
+    if not isinstance(state, str):
+        raise InvalidStateType(state, key)
+    if len(state) > MAX_STATE_LENGTH:
+        reason = f"has {len(state)} characters, over the limit of {MAX_STATE_LENGTH}"
+        raise InvalidState(state, reason, key)
+    flaw = text_flaw(state)
+    if flaw:
+        raise InvalidState(state, flaw, key)
+    return str.__str__(state)
+
+
+def _edit_ttl(ttl: TtlOption | Keep, default: Ttl) -> Ttl:
+    if ttl is KEEP:
+        return Ttl(default.seconds, keep=True)
+    return Ttl(ttl_seconds(ttl), renew=True)
+
+
+def _actor(by: Any) -> str:
+    if by is None:
+        return ""
+    name = by.get_username() if hasattr(by, "get_username") else str(by)
+    return str(name)[:MAX_ACTOR_LENGTH]
+
+
+def _loaded(option: Any, *, called: bool = False) -> Any:
+    """Return an option that may be given by its dotted path."""
+    if not isinstance(option, str):
+        return option
+    found = import_string(option)
+    return found() if called else found

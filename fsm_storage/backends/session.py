@@ -1,0 +1,319 @@
+"""Carries plans out on the calling thread's Django connection: transactions, retries, errors. No SQL."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+from django.apps import apps
+from django.core.exceptions import AppRegistryNotReady
+from django.db import (
+    DatabaseError,
+    DataError,
+    Error,
+    IntegrityError,
+    InterfaceError,
+    OperationalError,
+    connections,
+    transaction,
+)
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from fsm_storage.dialects import (
+    LOCKED,
+    Dialect,
+    Plan,
+    Read,
+    ReadReply,
+    Rows,
+    Scope,
+    Write,
+    WriteReply,
+    dialect_for,
+)
+from fsm_storage.exceptions import (
+    FSMStorageError,
+    InvalidData,
+    InvalidStorageError,
+    NotMigrated,
+    StorageUnavailable,
+)
+
+T = TypeVar("T")
+logger = logging.getLogger("fsm_storage")
+
+GIVE_UP_SHARE = 0.05
+"""Stop trying this share of the timeout before the caller stops waiting, so that it learns the cause."""
+MAX_CONTENDED = 1000
+
+
+class Session:
+    """The database of a storage, as seen from whichever thread calls."""
+
+    def __init__(self, database: str, timeout: float) -> None:
+        self.database, self.timeout = database, timeout
+        self._dialect: Dialect | None = None
+        # The driver's connection of a worker thread on which the session statements have run.
+        self._thread = threading.local()
+        # Keys whose row was locked lately: they do not go the short way, on which the thread waits.
+        self._contended: set[str] = set()
+
+    @property
+    def dialect(self) -> Dialect:
+        """The dialect of the database. Raises `InvalidStorageError` where there is none."""
+        if self._dialect is None:
+            if not apps.ready:
+                raise AppRegistryNotReady(
+                    "a DjangoStorage was used before Django was set up: call django.setup() first, "
+                    "with DJANGO_SETTINGS_MODULE in the environment"
+                )
+            vendor = connections[self.database].vendor
+            self._dialect = dialect_for(vendor)
+            if self._dialect is None:
+                raise InvalidStorageError(
+                    f"database {self.database!r} is {vendor}, which DjangoStorage cannot use"
+                )
+        return self._dialect
+
+    def read(self, reads: Sequence[Read], scope: Scope, deadline: float) -> Sequence[ReadReply]:
+        """Answer each read, with an error too; never raises."""
+        return self._each(reads, lambda unit, some: unit.run(unit.dialect.read(some, scope)), deadline)
+
+    def write(self, writes: Sequence[Write], scope: Scope, deadline: float) -> Sequence[WriteReply]:
+        """Carry the writes out in one transaction and answer each; never raises.
+
+        A write that the database refuses (not for a passing reason) is found by carrying each out alone.
+        """
+        replies = self._each(writes, lambda unit, some: self._write(unit, some, scope), deadline)
+        if self._contended or LOCKED in replies:
+            self._remember_contended(writes, replies)
+        return replies
+
+    def write_here(self, writes: Sequence[Write], scope: Scope) -> Sequence[WriteReply]:
+        """Carry the writes out in the caller's transaction, or in one of their own; wait for locked rows.
+
+        Raises the first error, after undoing all of them.
+        """
+        deadline = time.monotonic() + self.timeout
+        attempt = 0
+        while True:
+            unit = self._unit()
+            try:
+                with unit.transaction(wait=self.timeout):
+                    return self._until_done(unit, writes, scope, deadline)
+            except Error as error:
+                if unit.is_nested or not self._may_retry(unit, error, deadline, attempt):
+                    raise self._translate(error) from error
+                attempt += 1
+
+    def sweep(self, scope: Scope, limit: int) -> tuple[int, int, int]:
+        """Clear and delete up to `limit` of each kind; return how many states, data and records."""
+        deadline = time.monotonic() + self.timeout
+        return self._retried(lambda unit: unit.run_in_transaction(unit.dialect.sweep(scope, limit)), deadline)
+
+    def release(self) -> None:
+        """Close this thread's connection."""
+        self._thread.connection = None
+        with suppress(Error):
+            connections[self.database].close()
+
+    def _unit(self) -> _Unit:
+        return _Unit(connections[self.database], self.dialect)
+
+    def _each(
+        self, ops: Sequence[Any], run: Callable[[_Unit, Sequence[Any]], list[Any]], deadline: float
+    ) -> list[Any]:
+        def prepared(unit: _Unit) -> list[Any]:
+            self._prepare(unit)
+            return run(unit, ops)
+
+        try:
+            return self._retried(prepared, deadline)
+        except FSMStorageError as error:
+            return [error] * len(ops)
+        except Error as error:
+            if len(ops) == 1:
+                return [_refused(ops[0], self.database, error)]
+            return [reply for op in ops for reply in self._each([op], run, deadline)]
+
+    def _retried(self, run: Callable[[_Unit], T], deadline: float) -> T:
+        attempt = 0
+        while True:
+            unit = self._unit()
+            try:
+                return run(unit)
+            except Error as error:
+                if not self._may_retry(unit, error, deadline, attempt):
+                    raise self._translate(error) from error
+                attempt += 1
+
+    def _prepare(self, unit: _Unit) -> None:
+        """Look after the worker thread's connection as Django does at the start of a request.
+
+        But one without CONN_MAX_AGE is kept while there is work: a batch is no request.
+        """
+        connection = unit.connection
+        if unit.is_nested:
+            return
+        if connection.settings_dict["CONN_MAX_AGE"]:
+            connection.close_if_unusable_or_obsolete()
+        connection.ensure_connection()
+        if getattr(self._thread, "connection", None) is not connection.connection:
+            for sql in unit.dialect.session(self.timeout):
+                unit.execute(sql)
+            self._thread.connection = connection.connection
+
+    def _write(self, unit: _Unit, writes: Sequence[Write], scope: Scope) -> list[WriteReply]:
+        lone = len(writes) == 1 and writes[0].key not in self._contended
+        plan = unit.dialect.write(writes, scope, lone=lone)
+        commits_itself = unit.dialect.write_begin is None and not unit.is_nested
+        try:
+            return unit.run(plan) if commits_itself else unit.run_in_transaction(plan)
+        except OperationalError as error:
+            if lone and unit.dialect.is_lock_timeout(*_facts(error)):
+                return [LOCKED]
+            raise
+
+    def _until_done(
+        self, unit: _Unit, writes: Sequence[Write], scope: Scope, deadline: float
+    ) -> list[WriteReply]:
+        replies: dict[str, WriteReply] = {}
+        while missing := [write for write in writes if replies.get(write.key, LOCKED) == LOCKED]:
+            if time.monotonic() > deadline:
+                raise StorageUnavailable(self.database, TimeoutError("the records stayed locked"))
+            found = unit.run(unit.dialect.write(missing, scope, wait=True))
+            replies.update(zip((write.key for write in missing), found, strict=True))
+        for reply in replies.values():
+            if isinstance(reply, BaseException):
+                raise reply
+        return [replies[write.key] for write in writes]
+
+    def _remember_contended(self, writes: Sequence[Write], replies: Sequence[WriteReply]) -> None:
+        for write, reply in zip(writes, replies, strict=True):
+            if reply != LOCKED:
+                self._contended.discard(write.key)
+            elif len(self._contended) < MAX_CONTENDED:
+                self._contended.add(write.key)
+
+    def _may_retry(self, unit: _Unit, error: Error, deadline: float, attempt: int) -> bool:
+        """Say whether to try again, after waiting a little."""
+        if not unit.is_nested and unit.is_broken(error):
+            self.release()
+        if not isinstance(error, InterfaceError) and not (
+            isinstance(error, DatabaseError) and unit.dialect.is_transient(*_facts(error))
+        ):
+            return False
+        delay = min(0.01 * 2**attempt, 0.25) * random.uniform(0.5, 1.5)  # noqa: S311 - jitter
+        if time.monotonic() + delay > deadline - GIVE_UP_SHARE * self.timeout:
+            return False
+        logger.info("database %r: %s; trying again", self.database, error)
+        time.sleep(delay)
+        return True
+
+    def _translate(self, error: Error) -> Exception:
+        """Return what the caller gets for `error`; an error of one operation's own comes back as it is."""
+        if isinstance(error, DatabaseError) and self.dialect.is_missing_table(*_facts(error)):
+            return NotMigrated(self.database)
+        if isinstance(error, OperationalError | InterfaceError):
+            return StorageUnavailable(self.database, error)
+        return error
+
+
+class _Unit:
+    """One attempt at one batch: a connection, and one cursor on it."""
+
+    def __init__(self, connection: BaseDatabaseWrapper, dialect: Dialect) -> None:
+        self.connection, self.dialect = connection, dialect
+        self.is_nested = connection.in_atomic_block
+        self._is_watched = bool(connection.execute_wrappers) or connection.queries_logged
+        self._cursor: Any = None
+
+    def execute(self, sql: str, params: Any = ()) -> Rows:
+        if self._cursor is None:
+            self._cursor = self._open()
+        cursor = self._cursor
+        if self._is_watched and not self.dialect.binds_on_server:
+            sql = sql.replace("%", "%%").replace("?", "%s")
+        with self.connection.wrap_database_errors:
+            cursor.execute(sql, params)
+            return cursor.fetchall() if cursor.description else []
+
+    def run(self, plan: Plan[T]) -> T:
+        """Drive `plan` to its end and return its replies."""
+        try:
+            statement = next(plan)
+            while True:
+                statement = plan.send(self.execute(*statement))
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
+        finally:
+            plan.close()
+
+    def run_in_transaction(self, plan: Plan[T]) -> T:
+        with self.transaction():
+            return self.run(plan)
+
+    @contextmanager
+    def transaction(self, wait: float | None = None) -> Iterator[None]:
+        """A transaction that may write; within another one, a savepoint. `wait`: seconds for a locked row."""
+        begin = self.dialect.write_begin
+        if begin is None or self.is_nested:
+            with transaction.atomic(using=self.connection.alias):
+                if wait is not None and not self.is_nested:
+                    for sql in self.dialect.lock_limits(wait):
+                        self.execute(sql)
+                yield
+            return
+        # Not atomic(): it would begin a transaction that may fail half-way, at its first write.
+        self.execute(begin)
+        try:
+            yield
+            self.execute("COMMIT")
+        except BaseException:
+            with suppress(Error):
+                self.execute("ROLLBACK")
+            raise
+
+    def is_broken(self, error: Error) -> bool:
+        """Say whether the connection is of no more use after `error`."""
+        if isinstance(error, InterfaceError):
+            return True
+        return isinstance(error, OperationalError) and not self.connection.is_usable()
+
+    def _open(self) -> Any:
+        """Return a cursor of the driver's own: Django's rewrites each statement and its parameters.
+
+        Where somebody watches the queries, they go through Django's wrapper, which tells them.
+        """
+        connection = self.connection
+        connection.ensure_connection()
+        if self.dialect.binds_on_server:
+            from psycopg import Cursor
+
+            cursor: Any = Cursor(connection.connection)
+        else:
+            cursor = connection.create_cursor() if self._is_watched else connection.connection.cursor()
+        if not self._is_watched:
+            return cursor
+        watched = connection.make_debug_cursor if connection.queries_logged else connection.make_cursor
+        return watched(cursor)
+
+
+def _facts(error: Error) -> tuple[str | None, str]:
+    """Return the SQLSTATE, where the driver gives one, and the message."""
+    return getattr(error.__cause__, "sqlstate", None), str(error)
+
+
+def _refused(op: Read | Write, database: str, error: Error) -> Exception:
+    """Return the error of an operation that the database refuses when it comes alone."""
+    refused: Exception = StorageUnavailable(database, error)
+    if isinstance(error, DataError | IntegrityError):
+        refused = InvalidData("", f"is refused by the database: {str(error).strip()}", op.key)
+    refused.__cause__ = error
+    return refused

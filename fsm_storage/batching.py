@@ -1,0 +1,306 @@
+"""The one seam between event loops and a database thread. Knows no SQL.
+
+Operations of all event loops of the process go into one queue. A thread takes what is there, up
+to a limit, hands it to `commit` and sends the replies back. There is no delay: while the thread
+is busy, operations gather by themselves, and the next batch takes them all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import random
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from enum import Enum
+from typing import Any, Final, Generic, Literal, TypeVar
+
+from fsm_storage.exceptions import StorageClosed, StorageTimeout
+
+Op = TypeVar("Op")
+Reply = TypeVar("Reply")
+
+logger = logging.getLogger("fsm_storage")
+
+IDLE_SECONDS = 30.0
+"""The thread ends, and its connection with it, when nothing came for so long."""
+
+
+class Again(Enum):
+    """The type of `AGAIN`."""
+
+    AGAIN = "again"
+
+
+AGAIN: Final = Again.AGAIN
+"""The reply of `commit` for an operation that found its row locked: ask again a little later."""
+
+Replies = Sequence[Reply | BaseException | Literal[Again.AGAIN]]
+
+
+class _Lane:
+    """One event loop's side: who waits for a reply, and until when. Lives on its loop's thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
+        self.loop, self.timeout = loop, timeout
+        # In the order of their deadlines, because the timeout is the same for all.
+        self.waiting: dict[asyncio.Future[Any], float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def expect(self, deadline: float) -> asyncio.Future[Any]:
+        future = self.loop.create_future()
+        self.waiting[future] = deadline
+        if self._timer is None:
+            self._timer = self.loop.call_later(self.timeout, self._expire)
+        return future
+
+    def deliver(self, replies: list[tuple[asyncio.Future[Any], Any]]) -> None:
+        for future, reply in replies:
+            self.waiting.pop(future, None)
+            if future.done():  # its caller was cancelled, or gave up waiting
+                continue
+            if isinstance(reply, BaseException):
+                future.set_exception(reply)
+            else:
+                future.set_result(reply)
+
+    def _expire(self) -> None:
+        """Fail those whose time is up. One timer serves all: it is set for whoever is first."""
+        now = time.monotonic()
+        for future, deadline in list(self.waiting.items()):
+            if deadline > now:
+                self._timer = self.loop.call_later(deadline - now, self._expire)
+                return
+            del self.waiting[future]
+            if not future.done():
+                future.set_exception(
+                    StorageTimeout(
+                        self.timeout, "the database is busy or away; a write may still be carried out"
+                    )
+                )
+        self._timer = None
+
+
+class _Item:
+    """An operation on its way. Made on its loop's thread, then the batcher's alone."""
+
+    __slots__ = ("attempts", "deadline", "future", "lane", "op")
+
+    def __init__(self, op: Any, lane: _Lane, future: asyncio.Future[Any], deadline: float) -> None:
+        self.op, self.lane, self.future, self.deadline = op, lane, future, deadline
+        self.attempts = 0
+
+
+class Batcher(Generic[Op, Reply]):
+    """Groups the operations of any number of event loops and threads into batches.
+
+    `commit(operations, deadline)` runs in the batcher's thread and returns one reply for each:
+    a value, an exception, or `AGAIN`. `deadline` (monotonic) is when its first caller gives up.
+    `key(operation)` is what at most one operation of a batch may have; None never collides.
+    `release()` runs in the thread before it ends; `alias` is for the thread's name.
+    """
+
+    def __init__(
+        self,
+        commit: Callable[[Sequence[Op], float], Replies[Reply]],
+        *,
+        key: Callable[[Op], Hashable | None],
+        release: Callable[[], None],
+        name: str,
+        timeout: float,
+        max_pending: int,
+        batch_size: int,
+    ) -> None:
+        self._commit, self._key, self._release, self._name = commit, key, release, name
+        self._timeout, self._max_pending, self._batch_size = timeout, max_pending, batch_size
+        self.closed = False
+        self._start()
+        # The child of a fork has neither the thread nor the loops that wait for it.
+        reset = weakref.WeakMethod(self._start)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=lambda: (start := reset()) and start())
+
+    def _start(self) -> None:
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._put_off: deque[tuple[float, _Item]] = deque()
+        self._room: deque[tuple[_Lane, asyncio.Future[None]]] = deque()
+        self._lanes: dict[asyncio.AbstractEventLoop, _Lane] = {}
+        self._thread: threading.Thread | None = None
+
+    async def submit(self, op: Op) -> Reply:
+        """Return the reply to `op`, or raise the error that it met.
+
+        Raises `StorageTimeout` when there is none within the timeout, `StorageClosed` after
+        `close()`. A cancelled caller stops waiting: its operation is left out if it still waits
+        itself, else it is carried out whole, because nobody could say whether it was taken back.
+        """
+        lane = self._lanes.get(asyncio.get_running_loop()) or self._add_lane()
+        deadline = time.monotonic() + self._timeout
+        while self._pending >= self._max_pending and not self.closed:
+            await self._wait_for_room(lane, deadline)
+        future = lane.expect(deadline)
+        try:
+            self._enqueue(_Item(op, lane, future, deadline))
+        except StorageClosed:
+            lane.waiting.pop(future, None)
+            raise
+        reply: Reply = await future
+        return reply
+
+    async def close(self) -> None:
+        """Finish what was accepted, for as long as the timeout, and refuse what comes later."""
+        thread = self.shut()
+        if thread is not None:
+            await asyncio.get_running_loop().run_in_executor(None, thread.join, self._timeout)
+
+    def shut(self) -> threading.Thread | None:
+        """Refuse what comes later; return the thread that is finishing, if there is one."""
+        with self._lock:
+            if not self.closed:
+                self.closed = True
+                self._queue.put(None)
+            thread = self._thread
+        self._make_room(len(self._room))
+        return thread
+
+    @property
+    def _pending(self) -> int:
+        return self._queue.qsize() + len(self._put_off)
+
+    def _enqueue(self, item: _Item) -> None:
+        with self._lock:
+            if self.closed:
+                raise StorageClosed
+            self._queue.put(item)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+
+    def _add_lane(self) -> _Lane:
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            # Short-lived loops (async_to_sync) leave their lanes behind.
+            for old in [old for old in self._lanes if old.is_closed()]:
+                del self._lanes[old]
+            return self._lanes.setdefault(loop, _Lane(loop, self._timeout))
+
+    async def _wait_for_room(self, lane: _Lane, deadline: float) -> None:
+        room: asyncio.Future[None] = lane.loop.create_future()
+        self._room.append((lane, room))
+        if self._pending < self._max_pending:  # it was made before this one stood in line
+            self._make_room(1)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await room
+        except TimeoutError as error:
+            reason = f"{self._max_pending} operations are waiting already"
+            raise StorageTimeout(self._timeout, reason) from error
+
+    def _make_room(self, count: int) -> None:
+        for _ in range(count):
+            try:
+                lane, room = self._room.popleft()
+            except IndexError:
+                return
+            _call(lane, _set_done, room)
+
+    # From here on: the batcher's thread.
+
+    def _run(self) -> None:
+        try:
+            while (batch := self._take()) is not None:
+                if batch:
+                    self._answer(batch)
+        finally:
+            self._release()
+
+    def _take(self) -> list[_Item] | None:
+        """Return the next batch, maybe an empty one; None when the thread shall end."""
+        batch: dict[Hashable, _Item] = {}
+        now = time.monotonic()
+        for _ in range(len(self._put_off)):
+            ready_at, item = self._put_off.popleft()
+            if ready_at <= now:
+                self._add(batch, item)
+            else:
+                self._put_off.append((ready_at, item))
+        while len(batch) < self._batch_size and len(self._put_off) < self._max_pending:
+            try:
+                found = self._queue.get_nowait() if batch else self._wait(now)
+            except queue.Empty:
+                break
+            if found is None:  # shut: behind it there is nothing
+                if batch or self._put_off:
+                    self._queue.put(None)
+                    break
+                self._thread = None
+                return None
+            self._add(batch, found)
+        if not batch and not self._put_off:
+            return self._end_if_idle()
+        if self._room:
+            self._make_room(self._max_pending - self._pending)
+        return list(batch.values())
+
+    def _wait(self, now: float) -> _Item | None:
+        if not self._put_off:
+            return self._queue.get(timeout=IDLE_SECONDS)
+        first = min(ready_at for ready_at, _ in self._put_off)
+        return self._queue.get(timeout=max(first - now, 0.0005))
+
+    def _add(self, batch: dict[Hashable, _Item], item: _Item) -> None:
+        if item.future.done():  # nobody waits for it any more, and nothing has been done
+            return
+        key = self._key(item.op)
+        if key is None:
+            batch[id(item)] = item
+        elif key in batch or len(batch) >= self._batch_size:
+            self._put_off.append((0.0, item))
+        else:
+            batch[key] = item
+
+    def _end_if_idle(self) -> list[_Item] | None:
+        with self._lock:
+            if self._queue.empty():
+                self._thread = None
+                return None
+        return []
+
+    def _answer(self, batch: list[_Item]) -> None:
+        replies: Replies[Reply]
+        try:
+            replies = self._commit([item.op for item in batch], batch[0].deadline)
+        except BaseException as error:  # a fault of ours: its callers must not wait for ever
+            logger.exception("a batch of %d operations failed as a whole", len(batch))
+            replies = [error] * len(batch)
+        mail: dict[_Lane, list[tuple[asyncio.Future[Any], Any]]] = {}
+        for item, reply in zip(batch, replies, strict=True):
+            if reply is AGAIN:
+                self._try_later(item)
+            else:
+                mail.setdefault(item.lane, []).append((item.future, reply))
+        for lane, letters in mail.items():
+            _call(lane, lane.deliver, letters)
+
+    def _try_later(self, item: _Item) -> None:
+        delay = min(0.001 * 2**item.attempts, 0.05) * random.uniform(0.5, 1.5)  # noqa: S311 - jitter
+        item.attempts += 1
+        self._put_off.append((time.monotonic() + delay, item))
+
+
+def _call(lane: _Lane, function: Callable[..., None], argument: Any) -> None:
+    try:
+        lane.loop.call_soon_threadsafe(function, argument)
+    except RuntimeError:  # the loop was closed; nobody waits there any more
+        logger.debug("replies for a closed event loop were dropped")
+
+
+def _set_done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

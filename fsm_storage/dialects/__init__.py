@@ -1,0 +1,134 @@
+"""How each database family is spoken to. Pure: values in, (SQL, parameters) out; nothing is executed here.
+
+A `Plan` is a generator: it yields statements, is sent their rows, and returns the replies. Whoever
+drives it owns the connection and the transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from importlib import import_module
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
+
+from aiogram.fsm.storage.base import StorageKey
+
+from fsm_storage.codec import Codec
+from fsm_storage.patches import NEVER, Patch, Ttl
+
+RECORD_TABLE = "fsm_storage_record"
+TRANSITION_TABLE = "fsm_storage_transition"
+
+History = Literal["off", "states", "full"]
+Rows: TypeAlias = list[tuple[Any, ...]]
+T = TypeVar("T")
+
+
+class Statement(NamedTuple):
+    """One round trip."""
+
+    sql: str
+    params: Sequence[Any] | Mapping[str, Any] = ()
+
+
+Plan: TypeAlias = Generator[Statement, Rows, T]
+
+
+class Read(NamedTuple):
+    """Ask for the state of a key, or for its data."""
+
+    key: str
+    data: bool = False
+
+
+class Write(NamedTuple):
+    """Apply a patch to a key. With `if_version`, only to a record at that version."""
+
+    key: str
+    parts: StorageKey
+    patch: Patch
+    state_ttl: Ttl = NEVER
+    data_ttl: Ttl = NEVER
+    if_version: int | None = None
+
+
+class Written(NamedTuple):
+    """What a write left behind: the version (None: there was and is no record), and the data after a merge."""
+
+    version: int | None
+    data: str | None = None
+
+
+class Cause(NamedTuple):
+    """Who writes, for the transitions."""
+
+    source: str = "bot"
+    actor: str = ""
+
+
+class Scope(NamedTuple):
+    """What all operations of a batch have in common."""
+
+    alias: str
+    history: History
+    codec: Codec
+    cause: Cause = Cause()
+
+
+ReadReply: TypeAlias = str | BaseException | None
+LOCKED: Final = "locked"
+"""The reply to a write whose row another transaction holds: nothing was done, ask again."""
+WriteReply: TypeAlias = Written | BaseException | Literal["locked"]
+
+
+class Dialect(Protocol):
+    """One database family."""
+
+    reads_apart: bool
+    """Reads do not wait for a commit when they have a connection of their own."""
+    write_begin: str | None
+    """The statement that opens a transaction for writing; None: a plan is one statement, which commits itself."""
+    binds_on_server: bool
+    """Parameters are sent apart from the statement, which Django's own cursor does not do by default."""
+
+    def read(self, reads: Sequence[Read], scope: Scope) -> Plan[list[ReadReply]]:
+        """Read what is live. A constant number of statements."""
+
+    def write(
+        self, writes: Sequence[Write], scope: Scope, *, wait: bool = False, lone: bool = False
+    ) -> Plan[list[WriteReply]]:
+        """Apply patches to different keys; write the transitions. A constant number of statements.
+
+        Rows are locked in the order of their keys. Without `wait`, a row that another transaction
+        holds is left out and answered with `LOCKED`, where the database can tell. With `lone`, a
+        single write may take a shorter way, on which it waits a moment for such a row.
+        """
+
+    def sweep(self, scope: Scope, limit: int) -> Plan[tuple[int, int, int]]:
+        """Clear up to `limit` expired states, and data, and delete idle records; return the three counts."""
+
+    def session(self, timeout: float) -> Sequence[str]:
+        """Return statements for a new connection of a worker thread."""
+
+    def lock_limits(self, timeout: float) -> Sequence[str]:
+        """Return statements for a transaction that shall wait `timeout` seconds for a row, and no longer."""
+
+    def is_lock_timeout(self, code: str | None, message: str) -> bool:
+        """Say whether an error means that a row stayed locked."""
+
+    def is_transient(self, code: str | None, message: str) -> bool:
+        """Say whether an error with this SQLSTATE and message may go away by itself."""
+
+    def is_missing_table(self, code: str | None, message: str) -> bool:
+        """Say whether an error means that the migrations were not run."""
+
+
+_MODULES = {"sqlite": "fsm_storage.dialects.sqlite", "postgresql": "fsm_storage.dialects.postgresql"}
+
+
+def dialect_for(vendor: str) -> Dialect | None:
+    """Return the dialect for Django's name of a database family, None if there is none."""
+    module = _MODULES.get(vendor)
+    if module is None:
+        return None
+    dialect: Dialect = import_module(module).dialect
+    return dialect

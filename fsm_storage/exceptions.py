@@ -1,0 +1,137 @@
+"""Every error that this package raises on purpose. Sentences are built here, from facts kept as attributes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.core.exceptions import ImproperlyConfigured
+
+
+class FSMStorageError(Exception):
+    """The root of this package's errors."""
+
+
+class InvalidStorageError(FSMStorageError, ImproperlyConfigured):
+    """`FSM_STORAGES`, or the arguments of a storage, are wrong."""
+
+
+class NotMigrated(FSMStorageError, ImproperlyConfigured):
+    """The tables of this app are not in the database, or are older than the code."""
+
+    def __init__(self, database: str) -> None:
+        super().__init__(
+            f"the tables of fsm_storage are missing or out of date in database {database!r}: "
+            f"run `manage.py migrate fsm_storage --database {database}`"
+        )
+        self.database = database
+
+
+class StorageTimeout(FSMStorageError, TimeoutError):
+    """An operation was not answered within the storage's `timeout`.
+
+    A write that had been handed to the database may still be carried out, whole; a read may
+    simply be asked again.
+    """
+
+    def __init__(self, waited: float, reason: str) -> None:
+        super().__init__(f"no answer within {waited:.1f} s: {reason}")
+        self.waited, self.reason = waited, reason
+
+
+class StorageUnavailable(FSMStorageError, ConnectionError):
+    """The database refused or lost the operation, and trying again within `timeout` did not help."""
+
+    def __init__(self, database: str, cause: BaseException) -> None:
+        super().__init__(f"database {database!r} failed: {type(cause).__name__}: {str(cause).strip()}")
+        self.database = database
+
+
+class StorageClosed(FSMStorageError, RuntimeError):
+    """The storage was closed; make a new one."""
+
+    def __init__(self) -> None:
+        super().__init__("the storage is closed")
+
+
+class InvalidKey(FSMStorageError, ValueError):
+    """A part of the storage key cannot be kept exactly."""
+
+    def __init__(self, part: str, value: object, reason: str) -> None:
+        super().__init__(f"{part}={_short(value)} of the storage key {reason}")
+        self.part, self.value, self.reason = part, value, reason
+
+
+class InvalidKeyType(FSMStorageError, TypeError):
+    """A part of the storage key has a type that Telegram never sends."""
+
+    def __init__(self, part: str, value: object, expected: str) -> None:
+        super().__init__(
+            f"{part} of the storage key must be {expected}, not {type(value).__name__} ({_short(value)})"
+        )
+        self.part, self.value, self.expected = part, value, expected
+
+
+class InvalidState(FSMStorageError, ValueError):
+    """A state that cannot be kept exactly."""
+
+    def __init__(self, state: str, reason: str, key: str | None = None) -> None:
+        super().__init__(f"state {_short(state)}{_of(key)} {reason}")
+        self.state, self.reason, self.key = state, reason, key
+
+
+class InvalidStateType(FSMStorageError, TypeError):
+    """A state that is no `str`, `State` or `None`."""
+
+    def __init__(self, state: object, key: str | None = None) -> None:
+        super().__init__(f"a state{_of(key)} is a str, a State or None, not {_short(state)}")
+        self.state, self.key = state, key
+
+
+class InvalidData(FSMStorageError, ValueError):
+    """Data that cannot be kept exactly. `path` leads to the value, as in `cart[2].price`."""
+
+    def __init__(self, path: str, reason: str, key: str | None = None) -> None:
+        super().__init__(f"data{_of(key)} cannot be stored: {path or 'the whole'} {reason}")
+        self.path, self.reason, self.key = path, reason, key
+
+
+class InvalidDataType(FSMStorageError, TypeError):
+    """Data with a type that JSON does not have. `path` leads to the value."""
+
+    def __init__(self, path: str, reason: str, key: str | None = None) -> None:
+        super().__init__(f"data{_of(key)} cannot be stored: {path or 'the whole'} {reason}")
+        self.path, self.reason, self.key = path, reason, key
+
+
+class CorruptData(FSMStorageError, ValueError):
+    """What is stored for a key is not a JSON object. `set_data` replaces it."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"the stored data of {key!r} is unreadable ({reason}); set_data() replaces it")
+        self.key, self.reason = key, reason
+
+
+class VersionConflict(FSMStorageError):
+    """The record changed, or went, after it was read; nothing was written."""
+
+    def __init__(self, key: str, expected: int, found: int | None) -> None:
+        now = "it is gone" if found is None else f"it is at version {found}"
+        super().__init__(f"{key!r} changed meanwhile: expected version {expected}, {now}")
+        self.key, self.expected, self.found = key, expected, found
+
+
+class NotEditable(FSMStorageError):
+    """The record's alias is not configured, or its storage cannot be edited from Django."""
+
+    def __init__(self, alias: str, reason: str) -> None:
+        super().__init__(f"records of storage {alias!r} cannot be edited: {reason}")
+        self.alias, self.reason = alias, reason
+
+
+def _of(key: str | None) -> str:
+    return "" if key is None else f" of {key!r}"
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = ascii(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

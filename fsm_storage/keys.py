@@ -1,0 +1,89 @@
+"""The text by which a record is known, and the limits on the parts of a key. Pure."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from aiogram.fsm.storage.base import DEFAULT_DESTINY, KeyBuilder, StorageKey
+
+from fsm_storage.exceptions import InvalidKey, InvalidKeyType
+
+MAX_KEY_LENGTH = 512
+MAX_STATE_LENGTH = 255
+MAX_ALIAS_LENGTH = 63
+MAX_ACTOR_LENGTH = 150
+_LOW, _HIGH = -(2**63), 2**63 - 1
+
+
+class RecordKeyBuilder(KeyBuilder):
+    """Builds `bot:chat:user:thread:business:destiny`; parts at the end that are absent are left out.
+
+    Complete and unambiguous: two different `StorageKey` never share a text. aiogram's
+    `DefaultKeyBuilder` leaves out the bot and the business connection unless told otherwise,
+    so two bots share their states.
+    """
+
+    def build(self, key: StorageKey, part: Literal["data", "state", "lock"] | None = None) -> str:
+        text = f"{key.bot_id}:{key.chat_id}:{key.user_id}"
+        is_plain = key.thread_id is None and key.business_connection_id is None
+        if is_plain and key.destiny == DEFAULT_DESTINY and part is None:
+            return text
+        thread = "" if key.thread_id is None else str(key.thread_id)
+        business = "" if key.business_connection_id is None else _escape(key.business_connection_id)
+        destiny = "" if key.destiny == DEFAULT_DESTINY else _escape(key.destiny)
+        full = f"{text}:{thread}:{business}:{destiny}"
+        return full.rstrip(":") if part is None else f"{full}:{part}"
+
+
+def _escape(value: str) -> str:
+    """Free the separator. The empty text becomes a lone `%`, which differs from an absent part."""
+    return value.replace("%", "%25").replace(":", "%3A") if value else "%"
+
+
+def check_key(key: StorageKey) -> None:
+    """Raise `InvalidKey` or `InvalidKeyType` if a part of `key` cannot be kept exactly."""
+    for part, value in (("bot_id", key.bot_id), ("chat_id", key.chat_id), ("user_id", key.user_id)):
+        if type(value) is not int:
+            raise InvalidKeyType(part, value, "an int")
+        if not _LOW <= value <= _HIGH:
+            raise InvalidKey(part, value, "does not fit 64 bits")
+    if key.thread_id is not None:
+        if type(key.thread_id) is not int:
+            raise InvalidKeyType("thread_id", key.thread_id, "an int or None")
+        if not _LOW <= key.thread_id <= _HIGH:
+            raise InvalidKey("thread_id", key.thread_id, "does not fit 64 bits")
+    if key.business_connection_id is not None:
+        _check_text("business_connection_id", key.business_connection_id)
+    if key.destiny != DEFAULT_DESTINY:
+        _check_text("destiny", key.destiny)
+
+
+def check_key_text(text: str) -> None:
+    """Raise `InvalidKey` if what a key builder made is too long to be told from another key."""
+    if len(text) > MAX_KEY_LENGTH:
+        raise InvalidKey("text", text, f"has {len(text)} characters, over the limit of {MAX_KEY_LENGTH}")
+    flaw = text_flaw(text)
+    if flaw:
+        raise InvalidKey("text", text, flaw)
+
+
+def _check_text(part: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise InvalidKeyType(part, value, "a str")
+    if len(value) > MAX_KEY_LENGTH:
+        raise InvalidKey(part, value, f"has {len(value)} characters, over the limit of {MAX_KEY_LENGTH}")
+    flaw = text_flaw(value)
+    if flaw:
+        raise InvalidKey(part, value, flaw)
+
+
+def text_flaw(text: str) -> str | None:
+    """Say what keeps `text` out of a database, or None: NUL (PostgreSQL) or a lone surrogate (UTF-8)."""
+    if "\0" in text:
+        return "contains NUL"
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"contains a lone surrogate at position {error.start}"
+    return None

@@ -1,0 +1,59 @@
+"""Expiry: the sweeper, which removes what the bot no longer sees."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from fsm_storage.backends.django import DjangoStorage
+from fsm_storage.models import FSMRecord
+
+
+class Swept(NamedTuple):
+    """What a sweep did, or would do."""
+
+    states: int = 0
+    data: int = 0
+    records: int = 0
+
+    def __add__(self, other: object) -> Swept:
+        if not isinstance(other, Swept):
+            return NotImplemented
+        return Swept(self.states + other.states, self.data + other.data, self.records + other.records)
+
+
+class Sweeper:
+    """Clears expired states and data, and deletes idle records, of one storage.
+
+    Works in batches, each a transaction of its own, with a pause as long as the batch took, so that
+    the bot gets its turn. Any number of sweepers may run at once. A part that was written again
+    meanwhile is not expired any more, and stays.
+    """
+
+    def __init__(self, storage: DjangoStorage, batch_size: int = 1000) -> None:
+        self.storage, self.batch_size = storage, batch_size
+
+    def due(self) -> Swept:
+        """Count what a sweep would do now."""
+        records = FSMRecord.objects.using(self.storage.database).filter(alias=self.storage.alias)
+        expired = records.expired()
+        return Swept(
+            expired.state_expired().count(),
+            expired.data_expired().exclude(data={}).count(),
+            expired.idle().count(),
+        )
+
+    def sweep(self) -> Iterator[Swept]:
+        """Sweep until nothing is due; yield the counts so far after each batch."""
+        total = Swept()
+        while True:
+            began = time.monotonic()
+            swept = Swept(*self.storage.sweep(self.batch_size))
+            if swept == Swept():
+                return
+            total += swept
+            yield total
+            if max(swept) < self.batch_size:
+                return
+            time.sleep(min(time.monotonic() - began, 1.0))

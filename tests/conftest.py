@@ -1,0 +1,143 @@
+"""Fixtures for all tests: databases, storages that are closed in time, and a watch on the event loop."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+import pytest
+from aiogram.fsm.storage.base import StorageKey
+from asgiref.sync import sync_to_async
+from django.conf import settings as django_settings
+from django.db import connections
+
+from fsm_storage.backends.django import DjangoStorage
+from fsm_storage.conf import storages
+from tests.loop_watch import watched_loop
+from tests.servers import Postgres
+
+MAX_LOOP_GAP = 0.25
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "loop_gap(seconds): the loop of this test may stand still for so long")
+    # As its entry point does once the package is installed.
+    if not config.pluginmanager.has_plugin("fsm_storage"):
+        config.pluginmanager.register(import_module("fsm_storage.pytest_plugin"), "fsm_storage")
+
+
+def on(alias: str) -> Any:
+    """Return the parameter for a test on one database, with committed rows and only our own tables flushed."""
+    mark = pytest.mark.django_db(transaction=True, databases=[alias], available_apps=["fsm_storage"])
+    return pytest.param(alias, id="sqlite" if alias == "default" else alias, marks=mark)
+
+
+SQLITE, POSTGRES = on("default"), on("postgres")
+
+
+@pytest.fixture(params=[SQLITE, POSTGRES])
+def database(request: pytest.FixtureRequest) -> str:
+    """Each real database in turn, by its alias in DATABASES; a storage with the same alias is configured."""
+    alias: str = request.param
+    return alias
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Postgres]:
+    """The PostgreSQL of the database "postgres". Not to be stopped: see `own_postgres`."""
+    server = Postgres(django_settings.TEST_DIR / "pg")
+    server.configure(fsync="off")  # what a killed server wrote survives all the same; a power cut is not tested
+    django_settings.DATABASES["postgres"]["HOST"] = server.host
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="session")
+def django_db_modify_db_settings(request: pytest.FixtureRequest) -> None:
+    """Start PostgreSQL before pytest-django makes the test databases, if a test of this run asks for it."""
+    if any(_needs_postgres(item) for item in request.session.items):
+        request.getfixturevalue("postgres_server")
+
+
+def _needs_postgres(item: pytest.Item) -> bool:
+    mark = item.get_closest_marker("django_db")
+    wanted = mark.kwargs.get("databases") if mark else getattr(getattr(item, "cls", None), "databases", None)
+    return wanted == "__all__" or "postgres" in (wanted or ())
+
+
+def pytest_unconfigure() -> None:
+    if not django_settings.IS_CHILD:
+        shutil.rmtree(django_settings.TEST_DIR, ignore_errors=True)
+
+
+_opened: weakref.WeakSet[DjangoStorage] = weakref.WeakSet()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _note_opened_storages() -> Iterator[None]:
+    init = DjangoStorage.__init__
+
+    def noted(self: DjangoStorage, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        _opened.add(self)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(DjangoStorage, "__init__", noted)
+    # `inspect.signature` must go on seeing the options.
+    noted.__wrapped__ = init  # type: ignore[attr-defined]
+    yield
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def _close_storages(_django_db_marker: None) -> Iterator[None]:
+    """Close every storage of a test before its tables are flushed, or the worker's connection is in the way."""
+    yield
+    storages.close_all()
+    for storage in list(_opened):
+        storage.shut()
+    _opened.clear()
+
+
+@pytest.fixture
+def make_storage(database: str) -> Callable[..., DjangoStorage]:
+    """Make a storage on `database`, by any options, which counts as the configured one of its alias."""
+
+    def make(**options: Any) -> DjangoStorage:
+        storage = DjangoStorage(**{"alias": database, "database": database, **options})
+        storages[storage.alias] = storage
+        return storage
+
+    return make
+
+
+@pytest.fixture
+def storage(make_storage: Callable[..., DjangoStorage]) -> DjangoStorage:
+    return make_storage()
+
+
+@pytest.fixture
+def key() -> StorageKey:
+    return StorageKey(bot_id=42, chat_id=-100200300, user_id=7)
+
+
+@pytest.fixture(autouse=True)
+def _watch_loop(request: pytest.FixtureRequest) -> None:
+    if inspect.iscoroutinefunction(getattr(request.node, "obj", None)):
+        request.getfixturevalue("_watched_loop")
+
+
+@pytest.fixture
+async def _watched_loop(request: pytest.FixtureRequest, _django_db_marker: None) -> AsyncIterator[None]:
+    """Fail an async test that keeps its event loop from turning. `loop_gap(seconds)` is another limit."""
+    mark = request.node.get_closest_marker("loop_gap")
+    limit = mark.args[0] if mark else MAX_LOOP_GAP
+    async with watched_loop() as watch:
+        yield
+    await sync_to_async(connections.close_all)()  # of the thread in which Django's async ORM works
+    if watch.longest > limit:
+        pytest.fail(f"the event loop stood still for {watch.longest:.3f} s, over the limit of {limit} s")

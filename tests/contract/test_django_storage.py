@@ -1,0 +1,51 @@
+"""`DjangoStorage` on each real database, in each way in which it writes."""
+
+from collections.abc import Callable
+
+import pytest
+from aiogram.fsm.storage.base import BaseStorage
+
+from fsm_storage import DjangoStorage
+from fsm_storage.testing import LIFETIME, StorageContract
+from tests.rows import in_thread, let_time_pass
+
+Make = Callable[..., DjangoStorage]
+
+
+class DjangoContract(StorageContract):
+    options: dict = {}
+
+    @pytest.fixture
+    def storage(self, make_storage: Make) -> DjangoStorage:
+        return make_storage(**self.options)
+
+    @pytest.fixture
+    def expiring_storage(self, make_storage: Make) -> DjangoStorage:
+        return make_storage(state_ttl=LIFETIME, data_ttl=LIFETIME, **self.options)
+
+    async def advance(self, storage: BaseStorage, seconds: float) -> None:
+        await in_thread(let_time_pass, storage.database, seconds)
+
+    async def reopen(self, storage: BaseStorage) -> BaseStorage:
+        await storage.close()
+        return DjangoStorage(storage.alias, database=storage.database, **self.options)
+
+
+class TestDefault(DjangoContract):
+    pass
+
+
+class TestFullHistory(DjangoContract):
+    options = {"history": "full"}
+
+
+class TestBatchesOfThree(DjangoContract):
+    """Small batches and little room: every caller waits its turn."""
+
+    options = {"batch_size": 3, "max_pending": 5}
+
+
+class TestInTransaction(DjangoContract):
+    """Without worker threads: the way of a Django `TestCase`."""
+
+    options = {"in_transaction": True}

