@@ -142,7 +142,7 @@ class Batcher(Generic[Op, Reply]):
         """
         lane = self._lanes.get(asyncio.get_running_loop()) or self._add_lane()
         deadline = time.monotonic() + self._timeout
-        while self._pending >= self._max_pending and not self.closed:
+        while self._queue.qsize() >= self._max_pending and not self.closed:
             await self._wait_for_room(lane, deadline)
         future = lane.expect(deadline)
         try:
@@ -169,10 +169,6 @@ class Batcher(Generic[Op, Reply]):
         self._make_room(len(self._room))
         return thread
 
-    @property
-    def _pending(self) -> int:
-        return self._queue.qsize() + len(self._put_off)
-
     def _enqueue(self, item: _Item) -> None:
         with self._lock:
             if self.closed:
@@ -193,7 +189,7 @@ class Batcher(Generic[Op, Reply]):
     async def _wait_for_room(self, lane: _Lane, deadline: float) -> None:
         room: asyncio.Future[None] = lane.loop.create_future()
         self._room.append((lane, room))
-        if self._pending < self._max_pending:  # it was made before this one stood in line
+        if self._queue.qsize() < self._max_pending:  # it was made before this one stood in line
             self._make_room(1)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
@@ -245,7 +241,7 @@ class Batcher(Generic[Op, Reply]):
         if not batch and not self._put_off:
             return self._end_if_idle()
         if self._room:
-            self._make_room(self._max_pending - self._pending)
+            self._make_room(self._max_pending - self._queue.qsize())
         return list(batch.values())
 
     def _wait(self, now: float) -> _Item | None:

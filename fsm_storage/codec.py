@@ -25,6 +25,8 @@ MAX_LENGTH = 4 * 1024 * 1024
 # is the only way in which two of them can become one in JSON ({1: ..., "1": ...}).
 _dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")).encode
 _dumps_unsorted = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+# For what came out of JSON text a moment ago, in which nothing can be wrong.
+_dumps_again = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _BRACKETS = {ord("{"): "(", ord("["): "(", ord("}"): ")", ord("]"): ")"}
 _SCALARS = (str, int, float, bool, type(None))
@@ -86,6 +88,8 @@ class Codec:
         data = self.decode(base, key)
         for text in over:
             data.update(self._loads(text))
+        if self._is_default:
+            return _dumps_again(data)
         text_or_bytes = self._dumps(data)
         return text_or_bytes.decode() if isinstance(text_or_bytes, bytes) else text_or_bytes
 

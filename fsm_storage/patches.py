@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 
 class Keep(Enum):
@@ -49,8 +48,7 @@ def ttl_seconds(ttl: timedelta | float | None) -> Seconds | None:
     return seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Patch:
+class Patch(NamedTuple):
     """Set the state, replace the data, lay objects over the data, in this order.
 
     Data are the texts of JSON objects: encoded once, by the caller, so that a value that cannot
@@ -73,8 +71,7 @@ class Patch:
         return Patch(state, self.data, self.merge + later.merge)
 
 
-@dataclass(frozen=True, slots=True)
-class Ttl:
+class Ttl(NamedTuple):
     """How a write treats the expiry of a part.
 
     `seconds` from now (None: never). With `keep`, a part that was live keeps the expiry it has.
@@ -89,8 +86,7 @@ class Ttl:
 NEVER: Final = Ttl()
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
+class Content(NamedTuple):
     """The changing part of a record. Instants are seconds since the epoch, None is never."""
 
     state: str | None = None

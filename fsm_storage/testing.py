@@ -145,7 +145,8 @@ class StorageContract:
         assert await storage.get_state(KEY) is None
 
     @pytest.mark.parametrize(
-        "state", ["", " ", "a b", "Order:cart", "*", "ожидание", "🛒", "quote ' \" \\ % _ {} $1 %s", "s" * 255]
+        "state",
+        ["", " ", "a b", "Order:cart", "*", "ожидание", "🛒", "quote ' \" \\ % _ {} $1 %s", "s" * 255],
     )
     async def test_any_text_is_a_state(self, storage: BaseStorage, state: str) -> None:
         await storage.set_state(KEY, state)

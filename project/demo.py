@@ -7,7 +7,7 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -181,7 +181,7 @@ async def show_status(api: BotAPI, people: People) -> None:
         at, last_id = now, newest_id
 
 
-async def first_of(parts: "list[Awaitable[object]]") -> None:
+async def first_of(parts: Sequence[Awaitable[object]]) -> None:
     """Wait for the first of `parts`, raise its error if it has one, and cancel the rest."""
     tasks = [asyncio.ensure_future(part) for part in parts]
     try:

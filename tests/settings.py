@@ -51,7 +51,7 @@ DATABASES = {
         "HOST": os.environ.get("FSM_TEST_PG_HOST", str(TEST_DIR / "pg")),
         "USER": "postgres",
         "NAME": os.environ.get("FSM_TEST_PG_NAME", "test_fsm" if IS_CHILD else "postgres"),
-        "TEST": {"NAME": "test_fsm", "MIGRATE": True},
+        "TEST": {"NAME": "test_fsm", "DEPENDENCIES": []},
     },
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from asgiref.sync import sync_to_async
 from django.contrib import admin, messages
@@ -57,7 +57,9 @@ class ActionsMixin(Base):
 
     actions = ["clear_state", "clear_all", "extend_ttl", "export_jsonl"]
 
-    @admin.action(description=gettext_lazy("Clear the state of selected conversations"), permissions=["change"])
+    @admin.action(
+        description=gettext_lazy("Clear the state of selected conversations"), permissions=["change"]
+    )
     def clear_state(self, request: HttpRequest, queryset: QuerySet[FSMRecord]) -> HttpResponse | None:
         bulk = Bulk(
             "clear_state",
@@ -80,7 +82,8 @@ class ActionsMixin(Base):
         return self._ask_and_apply(request, queryset, bulk, lambda record: Changes(state=None, data={}))
 
     @admin.action(
-        description=gettext_lazy("Extend the time to expiry of selected conversations"), permissions=["change"]
+        description=gettext_lazy("Extend the time to expiry of selected conversations"),
+        permissions=["change"],
     )
     def extend_ttl(self, request: HttpRequest, queryset: QuerySet[FSMRecord]) -> HttpResponse | None:
         bulk = Bulk(
@@ -94,7 +97,9 @@ class ActionsMixin(Base):
             request, queryset, bulk, lambda record: _extension(record, form.cleaned_data["duration"]), form
         )
 
-    @admin.action(description=gettext_lazy("Export selected conversations as JSON lines"), permissions=["export"])
+    @admin.action(
+        description=gettext_lazy("Export selected conversations as JSON lines"), permissions=["export"]
+    )
     def export_jsonl(self, request: HttpRequest, queryset: QuerySet[FSMRecord]) -> HttpResponseBase:
         lines = json_lines(queryset)
         is_async = isinstance(request, ASGIRequest)
@@ -148,7 +153,7 @@ class ActionsMixin(Base):
             "opts": self.opts,
             "media": self.media,
         }
-        request.current_app = self.admin_site.name  # type: ignore[attr-defined]
+        request.current_app = self.admin_site.name
         return TemplateResponse(request, "admin/fsm_storage/fsmrecord/action_confirmation.html", context)
 
     def _apply(self, request: HttpRequest, queryset: QuerySet[FSMRecord], choose: Choose) -> None:
@@ -159,7 +164,9 @@ class ActionsMixin(Base):
                 changed += self._apply_batch(request, ids[start : start + BATCH], choose)
         except (FSMStorageError, OperationalError) as error:
             self.message_user(request, _("Stopped: %(error)s") % {"error": error}, messages.ERROR)
-        text = ngettext("%(count)d conversation was changed.", "%(count)d conversations were changed.", changed)
+        text = ngettext(
+            "%(count)d conversation was changed.", "%(count)d conversations were changed.", changed
+        )
         level = messages.SUCCESS if changed else messages.WARNING
         self.message_user(request, text % {"count": changed}, level)
         if changed < len(ids):
@@ -229,6 +236,10 @@ def _json_line(record: FSMRecord) -> str:
     return json.dumps(values, ensure_ascii=False, default=datetime.isoformat)
 
 
+def _next(lines: Iterator[str]) -> str | None:
+    return next(lines, None)
+
+
 async def _in_threads(lines: Iterator[str]) -> AsyncIterator[str]:
-    while (line := await sync_to_async(next)(lines, None)) is not None:
+    while (line := await sync_to_async(_next)(lines)) is not None:
         yield line

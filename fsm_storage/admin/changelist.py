@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from django.contrib.admin.views.main import PAGE_VAR, ChangeList
 from django.core.paginator import Paginator
+from django.db.models import QuerySet
 from django.http import HttpRequest
 from django.utils.functional import cached_property
 
@@ -36,7 +37,7 @@ class BoundedPaginator(_Paginator):
 
     @cached_property
     def count(self) -> int:
-        found = self.object_list.order_by()[: self.bound + 1].count()  # type: ignore[union-attr]
+        found = cast("QuerySet[Any]", self.object_list).order_by()[: self.bound + 1].count()
         return found if found <= self.bound else AtLeast(found)
 
     def get_elided_page_range(self, number: Any = 1, **kwargs: Any) -> Iterator[int | str]:
@@ -44,8 +45,9 @@ class BoundedPaginator(_Paginator):
         pages = super().get_elided_page_range(number, **kwargs)
         if not isinstance(self.count, AtLeast):
             return pages
-        known = [page for page in pages if page == self.ELLIPSIS or int(page) <= int(number) + PAGES_AHEAD]
-        return iter([*known, *([] if known[-1] == self.ELLIPSIS else [self.ELLIPSIS])])
+        far = int(number) + PAGES_AHEAD
+        near = [page for page in pages if not isinstance(page, int) or page <= far]
+        return iter(near if not isinstance(near[-1], int) else [*near, str(self.ELLIPSIS)])
 
 
 def page_asked(request: HttpRequest) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from django.contrib import messages
 from django.contrib.admin import helpers
@@ -134,7 +134,7 @@ class EditingMixin(Base):
             **self.admin_site.each_context(request),
             "title": action % self.opts.verbose_name,
             "subtitle": str(record),
-            "adminform": helpers.AdminForm(form, [], {}, (), model_admin=self),
+            "adminform": helpers.AdminForm(cast(Any, form), [], {}, (), model_admin=self),
             "form": form,
             "object_id": str(record.pk),
             "original": record,
@@ -142,7 +142,7 @@ class EditingMixin(Base):
             "to_field": None,
             "media": self.media,
             "inline_admin_formsets": [],
-            "errors": helpers.AdminErrorList(form, []),
+            "errors": helpers.AdminErrorList(cast(Any, form), []),
             "preserved_filters": self.get_preserved_filters(request),
             "can_change": can_change,
             **self._facts(request, record),
@@ -173,7 +173,9 @@ class EditingMixin(Base):
     def _gone(self, request: HttpRequest, object_id: str) -> HttpResponse:
         text = _("This conversation is not in the database any more, so nothing was saved.")
         if request.method != "POST":
-            text = _("There is no conversation with the number %s. Perhaps it ended and was swept.") % object_id
+            text = (
+                _("There is no conversation with the number %s. Perhaps it ended and was swept.") % object_id
+            )
         self.message_user(request, text, messages.WARNING)
         return HttpResponseRedirect(
             reverse("admin:fsm_storage_fsmrecord_changelist", current_app=self.admin_site.name)
@@ -210,4 +212,4 @@ def _version_meant(request: HttpRequest, form: RecordForm) -> int:
 def _field_at_fault(error: FSMStorageError) -> str | None:
     if isinstance(error, InvalidState):
         return "other_state"
-    return "data" if isinstance(error, InvalidData | InvalidDataType) else None
+    return "data_json" if isinstance(error, InvalidData | InvalidDataType) else None

@@ -116,7 +116,7 @@ class RecordForm(forms.Form):
     )
     state_ttl = _expiry_choice(gettext_lazy("State expires"))
     state_ttl_for = _duration(gettext_lazy("State expires in"))
-    data = forms.CharField(
+    data_json = forms.CharField(
         label=gettext_lazy("Data"),
         strip=False,
         required=False,
@@ -137,12 +137,12 @@ class RecordForm(forms.Form):
             "opened_state": to_option(state),
             "opened_data": compact(stored),
             "state": to_option(state),
-            "data": text,
+            "data_json": text,
         }
         super().__init__(data, initial=initial)
-        shown = data.get("data", text) if data else text
-        self.fields["data"].widget.attrs["rows"] = min(max(shown.count("\n") + 2, 6), 30)
-        self.fields["data"].widget.attrs["aria-describedby"] = "id_data_helptext"
+        shown = data.get("data_json", text) if data else text
+        self.fields["data_json"].widget.attrs["rows"] = min(max(shown.count("\n") + 2, 6), 30)
+        self.fields["data_json"].widget.attrs["aria-describedby"] = "id_data_json_helptext"
 
     @property
     def opened(self) -> tuple[str | None, Any]:
@@ -155,8 +155,8 @@ class RecordForm(forms.Form):
         except JSONTextError as error:
             raise ValidationError(str(error)) from error
 
-    def clean_data(self) -> Any:
-        text = self.cleaned_data["data"]
+    def clean_data_json(self) -> Any:
+        text = self.cleaned_data["data_json"]
         try:
             if compact(read_json(text)) == compact(self.cleaned_data.get("opened_data")):
                 return KEEP  # also where it is no object: what is not changed need not be right
@@ -173,7 +173,7 @@ class RecordForm(forms.Form):
         self.yours = from_option(option)
         state: str | Keep | None = KEEP if option == opened else self.yours
         state_ttl, data_ttl = _read_expiry(self, "state_ttl"), _read_expiry(self, "data_ttl")
-        self.changes = Changes(state, cleaned.get("data", KEEP), state_ttl, data_ttl)
+        self.changes = Changes(state, cleaned.get("data_json", KEEP), state_ttl, data_ttl)
         self._check_expiries()
         return cleaned
 

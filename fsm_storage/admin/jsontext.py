@@ -117,32 +117,32 @@ def _flaws(text: str) -> Iterator[tuple[int, str]]:
     keys: list[set[str] | None] = []  # of the objects that are open, outermost first; None is a list
     waiting: tuple[int, str] | None = None  # a string, which is a key if a colon follows
     for match in _TOKEN.finditer(text):
-        token = match.group()
-        if token == ":" and waiting and keys and keys[-1] is not None:
+        piece = match.group()
+        if piece == ":" and waiting and keys and keys[-1] is not None:
             position, key = waiting
             if key in keys[-1]:
                 yield position, _("The key %(key)s is there twice.") % {"key": key}
             keys[-1].add(key)
-        waiting = (match.start(), str(json.loads(token, strict=False))) if token[0] == '"' else None
-        if token in "{[":
-            keys.append(set() if token == "{" else None)
-        elif token in "}]" and keys:
+        waiting = (match.start(), str(json.loads(piece, strict=False))) if piece[0] == '"' else None
+        if piece in "{[":
+            keys.append(set() if piece == "{" else None)
+        elif piece in "}]" and keys:
             keys.pop()
-        elif token[0] == "-" or token[0].isalnum():
-            reason = _number_flaw(token)
+        elif piece[0] == "-" or piece[0].isalnum():
+            reason = _number_flaw(piece)
             if reason:
                 yield match.start(), reason
 
 
-def _number_flaw(token: str) -> str | None:
-    if token in {"true", "false", "null"}:
+def _number_flaw(piece: str) -> str | None:
+    if piece in {"true", "false", "null"}:
         return None
-    if token.lstrip("-").isalpha():
-        return _("%(name)s is not JSON.") % {"name": token}
-    if len(token) > _MAX_DIGITS:
+    if piece.lstrip("-").isalpha():
+        return _("%(name)s is not JSON.") % {"name": piece}
+    if len(piece) > _MAX_DIGITS:
         return _("The number has more than %(limit)d digits.") % {"limit": _MAX_DIGITS}
-    if float(token) in (float("inf"), float("-inf")) and not token.lstrip("-").isdigit():
-        return _("The number %(number)s is too big to be kept exactly.") % {"number": token}
+    if float(piece) in (float("inf"), float("-inf")) and not piece.lstrip("-").isdigit():
+        return _("The number %(number)s is too big to be kept exactly.") % {"number": piece}
     return None
 
 

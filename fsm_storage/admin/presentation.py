@@ -46,11 +46,15 @@ def badge(state: str | None) -> SafeString:
     )
 
 
+def local(at: datetime) -> str:
+    """Return a time to the second, in the time zone of the site."""
+    return (timezone.localtime(at) if timezone.is_aware(at) else at).strftime("%Y-%m-%d %H:%M:%S")
+
+
 def instant(at: datetime, words: str) -> SafeString:
     """Return `words` with the exact time behind them."""
-    exact = timezone.localtime(at) if timezone.is_aware(at) else at
-    title = exact.strftime("%Y-%m-%d %H:%M:%S %Z").strip()
-    return format_html('<time datetime="{}" title="{}">{}</time>', exact.isoformat(), title, words)
+    title = f"{local(at)} {timezone.get_current_timezone_name()}"
+    return format_html('<time datetime="{}" title="{}">{}</time>', at.isoformat(), title, words)
 
 
 def ago(at: datetime, now: datetime) -> SafeString:
@@ -68,7 +72,9 @@ def expiry(at: datetime | None, now: datetime) -> SafeString:
         words = _("expired %(time)s ago") % {"time": in_words(now - at)}
         return format_html('<span class="fsm-past">{}</span>', instant(at, words))
     element = instant(at, _("in %(time)s") % {"time": in_words(at - now)})
-    return format_html('<span class="fsm-soon">{}</span>', element) if at - now < timedelta(hours=1) else element
+    return (
+        format_html('<span class="fsm-soon">{}</span>', element) if at - now < timedelta(hours=1) else element
+    )
 
 
 def record_expiry(record: FSMRecord, now: datetime) -> SafeString:
@@ -96,4 +102,3 @@ def _part(name: str, text: SafeString) -> SafeString:
 def labelled(label: str, content: object) -> SafeString:
     """Return the content of a cell, with a label that only the narrow, headless table shows."""
     return format_html('<span class="fsm-label">{}</span>{}', label, content)
-

@@ -107,6 +107,6 @@ class RecordAdmin(EditingMixin, ActionsMixin, Base):
     def expires(self, record: FSMRecord) -> SafeString:
         return labelled(_("Expires"), record_expiry(record, clock_of(record)))
 
-    @admin.display(description=gettext_lazy("last change"), ordering="updated_at")
+    @admin.display(description=gettext_lazy("changed"), ordering="updated_at")
     def changed(self, record: FSMRecord) -> SafeString:
-        return labelled(_("Last change"), ago(record.updated_at, clock_of(record)))
+        return labelled(_("Changed"), ago(record.updated_at, clock_of(record)))

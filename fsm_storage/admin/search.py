@@ -15,7 +15,7 @@ from django.utils.translation import gettext_lazy
 from fsm_storage.models import FSMRecordQuerySet
 
 HELP = gettext_lazy(
-    "A chat or user id, or key=value inside the data, as in cart.item=pizza. Several, with spaces between: all must fit."
+    "A chat or user id, or key=value inside the data, like cart.item=pizza. Several with spaces between: all must fit."
 )
 _LOW, _HIGH = -(2**63), 2**63 - 1
 _ID = re.compile(r"[+-]?\d{1,30}", re.ASCII)

@@ -15,7 +15,7 @@ from django.utils.translation import gettext_lazy
 
 from fsm_storage.admin.changelist import BoundedPaginator, TransitionChangeList, page_asked
 from fsm_storage.admin.durations import in_words
-from fsm_storage.admin.presentation import ago, badge, clock_of, instant, labelled
+from fsm_storage.admin.presentation import ago, badge, clock_of, instant, labelled, local
 from fsm_storage.models import FSMRecord, FSMTransition
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Step(NamedTuple):
     """A row of the timeline, ready to be shown."""
 
     when: SafeString
+    exactly: str
     change: SafeString
     source: str
     actor: str
@@ -46,6 +47,7 @@ def timeline(record: FSMRecord, limit: int) -> list[Step]:
         steps.append(
             Step(
                 ago(transition.at, now),
+                local(transition.at),
                 change(transition),
                 transition.get_source_display(),
                 transition.actor,
@@ -60,7 +62,9 @@ def timeline(record: FSMRecord, limit: int) -> list[Step]:
 def change(transition: FSMTransition) -> SafeString:
     """Return what changed, as badges."""
     if transition.from_state == transition.to_state:
-        return format_html('{} <span class="fsm-quiet">{}</span>', badge(transition.to_state), _("data changed"))
+        return format_html(
+            '{} <span class="fsm-quiet">{}</span>', badge(transition.to_state), _("data changed")
+        )
     return format_html(
         '{} <span class="fsm-arrow">→</span> {}', badge(transition.from_state), badge(transition.to_state)
     )
@@ -75,7 +79,7 @@ class TransitionAdmin(Base):
     list_filter = ["source"]
     list_per_page = 100
     ordering = ["-id"]
-    sortable_by: list[str] = []
+    sortable_by = ()
     show_full_result_count = False
     show_facets = admin.ShowFacets.NEVER
     actions = None
@@ -103,7 +107,7 @@ class TransitionAdmin(Base):
 
     @admin.display(description=gettext_lazy("when"))
     def when(self, transition: FSMTransition) -> SafeString:
-        return labelled(_("When"), instant(transition.at, transition.at.strftime("%Y-%m-%d %H:%M:%S")))
+        return labelled(_("When"), instant(transition.at, local(transition.at)))
 
     @admin.display(description=gettext_lazy("conversation"))
     def conversation(self, transition: FSMTransition) -> SafeString:

@@ -62,6 +62,8 @@ class Session:
         self._thread = threading.local()
         # Keys whose row was locked lately: they do not go the short way, on which the thread waits.
         self._contended: set[str] = set()
+        # The server has lost what was prepared: a pooler stands between, and nothing is prepared any more.
+        self._is_pooled = False
 
     @property
     def dialect(self) -> Dialect:
@@ -106,6 +108,8 @@ class Session:
             try:
                 with unit.transaction(wait=self.timeout):
                     return self._until_done(unit, writes, scope, deadline)
+            except (DataError, IntegrityError) as error:
+                raise _refused(writes[0].key if len(writes) == 1 else None, self.database, error) from error
             except Error as error:
                 if unit.is_nested or not self._may_retry(unit, error, deadline, attempt):
                     raise self._translate(error) from error
@@ -138,7 +142,7 @@ class Session:
             return [error] * len(ops)
         except Error as error:
             if len(ops) == 1:
-                return [_refused(ops[0], self.database, error)]
+                return [_refused(ops[0].key, self.database, error)]
             return [reply for op in ops for reply in self._each([op], run, deadline)]
 
     def _retried(self, run: Callable[[_Unit], T], deadline: float) -> T:
@@ -164,9 +168,17 @@ class Session:
             connection.close_if_unusable_or_obsolete()
         connection.ensure_connection()
         if getattr(self._thread, "connection", None) is not connection.connection:
+            if unit.dialect.prepares and self._may_prepare(connection):
+                connection.connection.prepare_threshold = 0
             for sql in unit.dialect.session(self.timeout):
                 unit.execute(sql)
             self._thread.connection = connection.connection
+
+    def _may_prepare(self, connection: BaseDatabaseWrapper) -> bool:
+        """Prepared statements belong to a server connection, which a pooler may swap: these settings say so."""
+        settings = connection.settings_dict
+        has_own_rule = "prepare_threshold" in settings["OPTIONS"] or settings.get("DISABLE_SERVER_SIDE_CURSORS")
+        return not has_own_rule and not self._is_pooled
 
     def _write(self, unit: _Unit, writes: Sequence[Write], scope: Scope) -> list[WriteReply]:
         lone = len(writes) == 1 and writes[0].key not in self._contended
@@ -202,7 +214,12 @@ class Session:
 
     def _may_retry(self, unit: _Unit, error: Error, deadline: float, attempt: int) -> bool:
         """Say whether to try again, after waiting a little."""
-        if not unit.is_nested and unit.is_broken(error):
+        code, _ = _facts(error)
+        self._is_pooled = self._is_pooled or unit.dialect.is_pooled(code)
+        is_useless = (
+            unit.dialect.has_stale_plan(code) or unit.dialect.is_pooled(code) or unit.is_broken(error)
+        )
+        if is_useless and not unit.is_nested:
             self.release()
         if not isinstance(error, InterfaceError) and not (
             isinstance(error, DatabaseError) and unit.dialect.is_transient(*_facts(error))
@@ -310,10 +327,10 @@ def _facts(error: Error) -> tuple[str | None, str]:
     return getattr(error.__cause__, "sqlstate", None), str(error)
 
 
-def _refused(op: Read | Write, database: str, error: Error) -> Exception:
+def _refused(key: str | None, database: str, error: Error) -> Exception:
     """Return the error of an operation that the database refuses when it comes alone."""
     refused: Exception = StorageUnavailable(database, error)
     if isinstance(error, DataError | IntegrityError):
-        refused = InvalidData("", f"is refused by the database: {str(error).strip()}", op.key)
+        refused = InvalidData("", f"is refused by the database: {str(error).strip()}", key)
     refused.__cause__ = error
     return refused

@@ -15,9 +15,6 @@ from aiogram.fsm.storage.base import StorageKey
 from fsm_storage.codec import Codec
 from fsm_storage.patches import NEVER, Patch, Ttl
 
-RECORD_TABLE = "fsm_storage_record"
-TRANSITION_TABLE = "fsm_storage_transition"
-
 History = Literal["off", "states", "full"]
 Rows: TypeAlias = list[tuple[Any, ...]]
 T = TypeVar("T")
@@ -89,6 +86,8 @@ class Dialect(Protocol):
     """The statement that opens a transaction for writing; None: a plan is one statement, which commits itself."""
     binds_on_server: bool
     """Parameters are sent apart from the statement, which Django's own cursor does not do by default."""
+    prepares: bool
+    """Planning is a large part of a statement's time: worker threads let the server prepare theirs."""
 
     def read(self, reads: Sequence[Read], scope: Scope) -> Plan[list[ReadReply]]:
         """Read what is live. A constant number of statements."""
@@ -114,6 +113,12 @@ class Dialect(Protocol):
 
     def is_lock_timeout(self, code: str | None, message: str) -> bool:
         """Say whether an error means that a row stayed locked."""
+
+    def has_stale_plan(self, code: str | None) -> bool:
+        """Say whether an error means that a migration has overtaken a prepared statement."""
+
+    def is_pooled(self, code: str | None) -> bool:
+        """Say whether an error means that a pooler swaps connections under prepared statements."""
 
     def is_transient(self, code: str | None, message: str) -> bool:
         """Say whether an error with this SQLSTATE and message may go away by itself."""

@@ -23,12 +23,12 @@ from fsm_storage.patches import EMPTY, KEEP, Patch
 
 _READ_STATES = """
 SELECT key, CASE WHEN state_expires_at <= statement_timestamp() THEN NULL ELSE state END
-FROM fsm_storage_record WHERE alias = %s AND key = ANY(%s::text[])
-"""
+FROM fsm_storage_record WHERE alias = %s AND key = """
 _READ_DATA = """
 SELECT key, CASE WHEN data_expires_at <= statement_timestamp() THEN '{}' ELSE data::text END
-FROM fsm_storage_record WHERE alias = %s AND key = ANY(%s::text[])
-"""
+FROM fsm_storage_record WHERE alias = %s AND key = """
+# A single key by itself, not as an array of one: half the time.
+_ONE, _ANY = "%s", "ANY(%s::text[])"
 
 # The columns of a batch: name, type, and what a write has there.
 _COLUMNS: tuple[tuple[str, str, Any], ...] = (
@@ -192,7 +192,8 @@ _LONE_REPLACE = _LONE.format(
 _LONE_MERGE = (
     _LONE.format(
         insert="NULL, %(data)s::jsonb, NULL, statement_timestamp() + %(ttl)s::float8 * interval '1 second'",
-        update="""data = CASE WHEN r.data_expires_at <= statement_timestamp() THEN '{}' ELSE r.data END || excluded.data,
+        update="""
+    data = CASE WHEN r.data_expires_at <= statement_timestamp() THEN '{}' ELSE r.data END || excluded.data,
     data_expires_at = excluded.data_expires_at""",
     )
     + "WHERE jsonb_typeof(r.data) = 'object'"
@@ -261,7 +262,9 @@ SELECT count(*) FILTER (WHERE data <> '{}'), (SELECT count(*) FROM deleted) FROM
 
 # 40001 serialization failure, 40P01 deadlock, 55P03 lock not available, 57P0x the server is going
 # down or coming up, 53300 too many connections, 08xxx the connection; 25006 after a failover.
-_TRANSIENT = re.compile(r"40001|40P01|55P03|57P0[1-5]|53300|08...|25006")
+# 0A000 is a prepared plan that a migration has overtaken, 26000 and 42P05 are a pooler that gives
+# each transaction another connection, which does not have what was prepared, or has it already.
+_TRANSIENT = re.compile(r"40001|40P01|55P03|57P0[1-5]|53300|08...|25006|0A000|26000|42P05")
 
 _STRING_OR_EXPONENT = re.compile(r'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?[eE]\+?\d{1,3}(?!\d)')
 _HAS_EXPONENT = re.compile(r"\d[eE]\+?\d")
@@ -304,13 +307,18 @@ class PostgreSQL:
     reads_apart = True
     write_begin = None
     binds_on_server = True
+    prepares = True
 
     def read(self, reads: Sequence[Read], scope: Scope) -> Plan[list[ReadReply]]:
         found: dict[bool, dict[str, Any]] = {}
         for data in (False, True):
             keys = [read.key for read in reads if read.data is data]
             if keys:
-                rows = yield Statement(_READ_DATA if data else _READ_STATES, (scope.alias, keys))
+                sql = _READ_DATA if data else _READ_STATES
+                lone = len(keys) == 1
+                rows = yield Statement(
+                    sql + (_ONE if lone else _ANY), (scope.alias, keys[0] if lone else keys)
+                )
                 found[data] = dict(rows)
         return [found[read.data].get(read.key, EMPTY if read.data else None) for read in reads]
 
@@ -345,6 +353,12 @@ class PostgreSQL:
 
     def is_lock_timeout(self, code: str | None, message: str) -> bool:
         return code == "55P03"
+
+    def has_stale_plan(self, code: str | None) -> bool:
+        return code == "0A000"
+
+    def is_pooled(self, code: str | None) -> bool:
+        return code in {"26000", "42P05"}
 
     def is_transient(self, code: str | None, message: str) -> bool:
         return code is None or bool(_TRANSIENT.fullmatch(code))

@@ -28,7 +28,7 @@ from project.bot_api.wire import (
     decode,
     dump,
     flaw_of,
-    quoted,
+    without_quote,
 )
 
 KEPT_MESSAGES = 20_000
@@ -47,9 +47,6 @@ class BotAPI:
             is_bot=True,
             first_name=name,
             username=f"{name.lower()}_bot",
-            can_join_groups=True,
-            can_read_all_group_messages=False,
-            supports_inline_queries=False,
         )
         self.url = ""
         self.updates = Updates()
@@ -112,7 +109,7 @@ class BotAPI:
             user,
             text,
             thread_id,
-            reply_to_message=reply_to and quoted(reply_to),
+            reply_to_message=reply_to and without_quote(reply_to),
             entities=command_entities(text),
         )
         if chat.type == "private" or self._is_for_bot(message):
@@ -151,7 +148,7 @@ class BotAPI:
                 del self._inboxes[chat_id]
 
     def flood(self, method: str, retry_after: int) -> None:
-        """Refuse `method` (any case) with 429 for `retry_after` seconds from now."""
+        """Refuse `method` with 429 for `retry_after` seconds from now; 0 ends it."""
         self._floods[method.lower()] = time.monotonic() + retry_after
 
     # What the bot does.
@@ -186,7 +183,12 @@ class BotAPI:
             raise APIError(429, f"Too Many Requests: retry after {seconds}", retry_after=seconds)
 
     async def _get_me(self, call: methods.GetMe) -> User:
-        return self.bot
+        rights = {
+            "can_join_groups": True,
+            "can_read_all_group_messages": False,
+            "supports_inline_queries": False,
+        }
+        return self.bot.model_copy(update=rights)
 
     async def _get_updates(self, call: methods.GetUpdates) -> list[Update]:
         return await self.updates.poll(call)
@@ -212,7 +214,7 @@ class BotAPI:
         old = self._messages.get((chat.id, call.message_id or 0))
         if old is None:
             raise bad_request("message to edit not found")
-        if old.from_user != self.bot:
+        if not self._is_own(old):
             raise bad_request("message can't be edited")
         text, keyboard = checked_text(call.text), checked_keyboard(call.reply_markup)
         if (text, keyboard) == (old.text, old.reply_markup):
@@ -276,8 +278,11 @@ class BotAPI:
         )
 
     def _is_for_bot(self, message: Message) -> bool:
-        reply_to = message.reply_to_message
-        return bool(message.entities) or (reply_to is not None and reply_to.from_user == self.bot)
+        quoted = message.reply_to_message
+        return bool(message.entities) or (quoted is not None and self._is_own(quoted))
+
+    def _is_own(self, message: Message) -> bool:
+        return message.from_user is not None and message.from_user.id == self.bot.id
 
     def _keep(self, message: Message) -> Message:
         self._messages[message.chat.id, message.message_id] = message

@@ -26,6 +26,11 @@ class Updates:
     def __len__(self) -> int:
         return len(self._unconfirmed)
 
+    @property
+    def is_polled(self) -> bool:
+        """Say whether a poll waits now."""
+        return self._poll is not None
+
     def add(self, **event: TelegramObject) -> None:
         """Queue an update. One of a type that the bot did not ask for is dropped."""
         (kind,) = event

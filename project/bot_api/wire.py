@@ -87,8 +87,8 @@ def command_entities(text: str) -> list[MessageEntity] | None:
     return [MessageEntity(type="bot_command", offset=0, length=len(text.split()[0]))]
 
 
-def quoted(message: Message) -> Message:
-    """Return the message as it is quoted: without what it replied to itself."""
+def without_quote(message: Message) -> Message:
+    """Return the message as a reply to it shows it: without what it replied to itself."""
     return message.model_copy(update={"reply_to_message": None})
 
 

@@ -3,11 +3,10 @@
 import logging
 
 from aiogram import F, Router
-from aiogram.filters import Command
 from aiogram.fsm.context import FSMContext
 from aiogram.types import CallbackQuery, Message
 
-from project.handlers.general import replace
+from project.handlers.general import show
 from project.menu import Choice, Rate, choices, stars
 from project.states import Feedback
 
@@ -24,7 +23,7 @@ async def rate(callback: CallbackQuery, callback_data: Rate, state: FSMContext) 
     await state.update_data(rating=callback_data.stars)
     await state.set_state(Feedback.comment)
     question = "What should we know?" if callback_data.stars > 3 else "What went wrong?"
-    await replace(callback, f"{'★' * callback_data.stars} {question}", choices("comment", {"skip": "Skip"}))
+    await show(callback, f"{'★' * callback_data.stars} {question}", choices("comment", {"skip": "Skip"}))
 
 
 async def take_comment(message: Message, state: FSMContext) -> None:
@@ -36,14 +35,13 @@ async def take_comment(message: Message, state: FSMContext) -> None:
 async def skip_comment(callback: CallbackQuery, state: FSMContext) -> None:
     logger.info("feedback: %d stars", await state.get_value("rating", 0))
     await state.clear()
-    await replace(callback, "Thank you for the rating.")
+    await show(callback, "Thank you for the rating.")
 
 
 def router() -> Router:
     router = Router(name="feedback")
     message, button = router.message, router.callback_query
     message.filter(F.chat.type == "private")
-    message.register(start, Command("feedback"))
     button.register(rate, Feedback.rating, Rate.filter())
     message.register(take_comment, Feedback.comment, F.text)
     button.register(skip_comment, Feedback.comment, Choice.filter(F.question == "comment"))

@@ -4,7 +4,6 @@ from contextlib import suppress
 
 from aiogram import F, Router
 from aiogram.exceptions import TelegramBadRequest
-from aiogram.filters import Command, CommandStart
 from aiogram.fsm.context import FSMContext
 from aiogram.types import CallbackQuery, InlineKeyboardMarkup, Message
 
@@ -36,19 +35,12 @@ async def out_of_date(callback: CallbackQuery) -> None:
     await callback.answer("This button is out of date.")
 
 
-async def replace(callback: CallbackQuery, text: str, keyboard: InlineKeyboardMarkup | None = None) -> None:
+async def show(callback: CallbackQuery, text: str, keyboard: InlineKeyboardMarkup | None = None) -> None:
     """Take note of a button, and put `text` where its question was."""
     with suppress(TelegramBadRequest):  # "query is too old", when the bot was down for a while
         await callback.answer()
     if isinstance(callback.message, Message):
         await callback.message.edit_text(text, reply_markup=keyboard)
-
-
-def commands() -> Router:
-    router = Router(name="commands")
-    router.message.register(start, CommandStart(), F.chat.type == "private")
-    router.message.register(cancel, Command("cancel"))
-    return router
 
 
 def fallback() -> Router:

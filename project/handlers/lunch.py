@@ -4,16 +4,15 @@ Two records are at work: each person's own state in the topic (FSMStrategy.USER_
 the topic's shared list, which is a context of its own under the destiny "lunch".
 """
 
-from dataclasses import replace as replace_fields
+from dataclasses import replace
 from typing import Any
 
 from aiogram import F, Router
-from aiogram.filters import Command
 from aiogram.fsm.context import FSMContext
 from aiogram.types import CallbackQuery, ForceReply, Message, User
 from aiogram.utils.formatting import Text, TextMention
 
-from project.handlers.general import replace
+from project.handlers.general import show
 from project.menu import Choice, choices
 from project.states import Lunch
 
@@ -24,14 +23,15 @@ DISH = "dish:"
 
 def topic_context(state: FSMContext) -> FSMContext:
     """Return the context that everyone in the chat or topic of `state` shares."""
-    key = replace_fields(state.key, user_id=state.key.chat_id, destiny="lunch")
+    key = replace(state.key, user_id=state.key.chat_id, destiny="lunch")
     return FSMContext(state.storage, key)
 
 
 async def start(message: Message, state: FSMContext) -> None:
-    lunch = await topic_context(state).get_data()
-    if lunch:
-        await message.answer(_invitation(lunch["place"]), reply_markup=choices("lunch", ACTIONS))
+    topic = topic_context(state)
+    if await topic.get_state() == Lunch.collecting:
+        place = await topic.get_value("place", "")
+        await message.answer(_invitation(place), reply_markup=choices("lunch", ACTIONS))
         return
     await state.set_state(Lunch.place)
     await message.answer("Where from?", reply_markup=choices("place", PLACES))
@@ -41,12 +41,12 @@ async def choose_place(callback: CallbackQuery, callback_data: Choice, state: FS
     topic = topic_context(state)
     await state.clear()
     if await topic.get_state() is not None:
-        await replace(callback, "A list is open here already.")
+        await show(callback, "A list is open here already.")
         return
     place = PLACES[callback_data.answer]
     await topic.set_data({"place": place, "organiser": callback.from_user.id})
     await topic.set_state(Lunch.collecting)
-    await replace(callback, _invitation(place), choices("lunch", ACTIONS))
+    await show(callback, _invitation(place), choices("lunch", ACTIONS))
 
 
 async def join(callback: CallbackQuery, state: FSMContext) -> None:
@@ -69,10 +69,9 @@ async def take_dish(message: Message, state: FSMContext) -> None:
         await message.answer("Sorry, the list is closed.")
         return
     # One key per person: `update_data` merges keys, so two people who answer at once both stay.
-    await topic.update_data(
-        {f"{DISH}{message.from_user.id}": f"{message.from_user.first_name}: {message.text}"}
-    )
-    await message.answer(**_to(message.from_user, "you are on the list."))
+    person = message.from_user
+    await topic.update_data({f"{DISH}{person.id}": f"{person.first_name}: {message.text}"})
+    await message.answer(**_to(person, "you are on the list."))
 
 
 async def close(callback: CallbackQuery, state: FSMContext) -> None:
@@ -83,7 +82,7 @@ async def close(callback: CallbackQuery, state: FSMContext) -> None:
         return
     await topic.clear()
     dishes = [dish for key, dish in lunch.items() if key.startswith(DISH)]
-    await replace(callback, "\n".join([f"Lunch from {lunch['place']}:", *(dishes or ["nobody is in."])]))
+    await show(callback, "\n".join([f"Lunch from {lunch['place']}:", *(dishes or ["nobody is in."])]))
 
 
 async def only_in_groups(message: Message) -> None:
@@ -102,11 +101,9 @@ def _to(user: User, text: str) -> dict[str, Any]:
 def router() -> Router:
     router = Router(name="lunch")
     message, button = router.message, router.callback_query
-    in_group = F.chat.type.in_({"group", "supergroup"})
-    message.register(only_in_groups, Command("lunch"), F.chat.type == "private")
-    message.register(start, Command("lunch"), in_group)
+    message.filter(F.chat.type.in_({"group", "supergroup"}))
     button.register(choose_place, Lunch.place, Choice.filter((F.question == "place") & F.answer.in_(PLACES)))
-    message.register(take_dish, Lunch.dish, in_group, F.text)
+    message.register(take_dish, Lunch.dish, F.text)
     button.register(join, Choice.filter((F.question == "lunch") & (F.answer == "join")))
     button.register(close, Choice.filter((F.question == "lunch") & (F.answer == "close")))
     return router

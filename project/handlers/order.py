@@ -4,11 +4,10 @@ import logging
 import re
 
 from aiogram import F, Router
-from aiogram.filters import Command
 from aiogram.fsm.context import FSMContext
 from aiogram.types import CallbackQuery, Message
 
-from project.handlers.general import replace
+from project.handlers.general import show
 from project.menu import CONFIRMATION, ITEMS, PAYMENTS, SIZES, Choice, choices, summary
 from project.states import Order
 
@@ -29,13 +28,13 @@ async def start(message: Message, state: FSMContext) -> None:
 async def choose_item(callback: CallbackQuery, callback_data: Choice, state: FSMContext) -> None:
     await state.update_data(item=callback_data.answer)
     await state.set_state(Order.size)
-    await replace(callback, f"{ITEMS[callback_data.answer]}. Which size?", choices("size", SIZES))
+    await show(callback, f"{ITEMS[callback_data.answer]}. Which size?", choices("size", SIZES))
 
 
 async def choose_size(callback: CallbackQuery, callback_data: Choice, state: FSMContext) -> None:
     await state.update_data(size=callback_data.answer)
     await state.set_state(Order.amount)
-    await replace(callback, f"{SIZES[callback_data.answer]}. How many?")
+    await show(callback, f"{SIZES[callback_data.answer]}. How many?")
 
 
 async def take_amount(message: Message, state: FSMContext) -> None:
@@ -71,29 +70,26 @@ async def take_phone(message: Message, state: FSMContext) -> None:
 async def choose_payment(callback: CallbackQuery, callback_data: Choice, state: FSMContext) -> None:
     order = await state.update_data(payment=callback_data.answer)
     await state.set_state(Order.confirmation)
-    await replace(callback, f"{summary(order)}\n\nIs that right?", choices("confirmation", CONFIRMATION))
+    await show(callback, f"{summary(order)}\n\nIs that right?", choices("confirmation", CONFIRMATION))
 
 
 async def confirm(callback: CallbackQuery, state: FSMContext) -> None:
     order = await state.get_data()
     logger.info("order of %d: %s", callback.from_user.id, order)  # a shop would save it in its own models
     await state.clear()
-    await replace(
-        callback, f"{summary(order)}\n\nThank you, {callback.from_user.first_name}! It is on its way."
-    )
+    await show(callback, f"{summary(order)}\n\nThank you, {callback.from_user.first_name}! It is on its way.")
 
 
 async def start_again(callback: CallbackQuery, state: FSMContext) -> None:
     await state.set_data({})
     await state.set_state(Order.item)
-    await replace(callback, "What would you like?", choices("item", ITEMS))
+    await show(callback, "What would you like?", choices("item", ITEMS))
 
 
 def router() -> Router:
     router = Router(name="order")
     message, button = router.message, router.callback_query
     message.filter(F.chat.type == "private")
-    message.register(start, Command("order"))
     button.register(choose_item, Order.item, Choice.filter((F.question == "item") & F.answer.in_(ITEMS)))
     button.register(choose_size, Order.size, Choice.filter((F.question == "size") & F.answer.in_(SIZES)))
     message.register(take_amount, Order.amount, F.text)

@@ -1,11 +1,10 @@
 """/support: a topic, a description, and the wait for an agent, who works in the admin."""
 
 from aiogram import F, Router
-from aiogram.filters import Command
 from aiogram.fsm.context import FSMContext
 from aiogram.types import CallbackQuery, Message
 
-from project.handlers.general import replace
+from project.handlers.general import show
 from project.menu import Choice, choices
 from project.states import Support
 
@@ -21,7 +20,7 @@ async def start(message: Message, state: FSMContext) -> None:
 async def choose_topic(callback: CallbackQuery, callback_data: Choice, state: FSMContext) -> None:
     await state.update_data(topic=callback_data.answer)
     await state.set_state(Support.description)
-    await replace(callback, f"{TOPICS[callback_data.answer]}. Please describe it.")
+    await show(callback, f"{TOPICS[callback_data.answer]}. Please describe it.")
 
 
 async def take_description(message: Message, state: FSMContext) -> None:
@@ -40,7 +39,6 @@ def router() -> Router:
     router = Router(name="support")
     message, button = router.message, router.callback_query
     message.filter(F.chat.type == "private")
-    message.register(start, Command("support"))
     button.register(
         choose_topic, Support.topic, Choice.filter((F.question == "topic") & F.answer.in_(TOPICS))
     )

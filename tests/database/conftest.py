@@ -1,0 +1,171 @@
+"""Fixtures for tests of effects: processes, more databases, and a look at the worker's statements."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.conf import settings
+from django.core.management import call_command
+from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.backends.signals import connection_created
+
+from tests.servers import Postgres, start_child
+
+
+class Launcher:
+    """Starts writers in processes of their own, and knows how they ended."""
+
+    def __init__(self) -> None:
+        self._process = start_child("tests.database.launcher")
+        self._statuses: dict[int, int] = {}
+
+    def start(self, writer: str, *arguments: Any) -> int:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([writer, *arguments]) + "\n")
+        self._process.stdin.flush()
+        return self._read_until(lambda words: len(words) == 1)
+
+    def wait(self, pid: int) -> int:
+        """Wait for the end of a writer and return its exit status."""
+        while pid not in self._statuses:
+            self._read_until(lambda words: len(words) == 2)
+        return self._statuses[pid]
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        assert self.wait(pid) == -signal.SIGKILL
+
+    def close(self) -> None:
+        self._process.stdin.close()  # type: ignore[union-attr]
+        self._process.wait(20)
+        self._process.stdout.close()  # type: ignore[union-attr]
+        self._process.stderr.close()  # type: ignore[union-attr]
+
+    def _read_until(self, is_it: Callable[[list[str]], bool]) -> int:
+        while True:
+            words = self._process.stdout.readline().split()  # type: ignore[union-attr]
+            if not words:
+                self._process.kill()
+                raise AssertionError(self._process.communicate()[1])
+            if len(words) == 2:
+                self._statuses[int(words[0])] = int(words[1])
+            if is_it(words):
+                return int(words[0])
+
+
+@pytest.fixture(scope="session")
+def launcher(django_db_setup: None) -> Iterator[Launcher]:
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
+
+
+@contextmanager
+def another_database(alias: str, like: str, **changes: Any) -> Iterator[str]:
+    """Add a database to Django's, which no test case flushes."""
+    connections.settings[alias] = {**copy.deepcopy(connections.settings[like]), **changes}
+    try:
+        yield alias
+    finally:
+        connections[alias].close()
+        del connections[alias]
+        del connections.settings[alias]
+
+
+@pytest.fixture(scope="session")
+def own_postgres(django_db_setup: None) -> Iterator[Postgres]:
+    """A PostgreSQL that a test may stop and kill; its migrated database has the alias "own"."""
+    server = Postgres(settings.TEST_DIR / "own")
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def own_database(own_postgres: Postgres, transactional_db: None) -> Iterator[str]:
+    with another_database("own", "postgres", HOST=own_postgres.host, NAME="postgres") as alias:
+        call_command("migrate", database=alias, verbosity=0)
+        for table in ("fsm_storage_record", "fsm_storage_transition"):
+            with connections[alias].cursor() as cursor:
+                cursor.execute(f"TRUNCATE {table}")
+        connections[alias].close()
+        yield alias
+
+
+class Statements:
+    """The statements of the storages' worker threads, and a gate that holds them up."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.connections = 0
+        self._gate = threading.Event()
+        self._gate.set()
+        self._held = threading.Event()
+
+    def __call__(self, execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        self._held.set()
+        assert self._gate.wait(30)
+        self.seen.append(sql)
+        return execute(sql, params, many, context)
+
+    def watch(self, connection: BaseDatabaseWrapper) -> None:
+        if threading.current_thread().name.startswith("fsm_storage"):
+            connection.execute_wrappers.append(self)
+
+    def connected(self, connection: BaseDatabaseWrapper, **_: Any) -> None:
+        self.connections += threading.current_thread().name.startswith("fsm_storage")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let no statement through, so that operations gather behind the one that comes first."""
+        self._held.clear()
+        self._gate.clear()
+        try:
+            yield
+        finally:
+            self._gate.set()
+
+    def someone_is_held(self) -> bool:
+        return self._held.is_set()
+
+
+@pytest.fixture
+def statements(monkeypatch: pytest.MonkeyPatch) -> Iterator[Statements]:
+    """Ask for it before the first operation: it reaches the connections that are made from then on."""
+    statements = Statements()
+    create = connections.create_connection
+
+    def create_watched(alias: str) -> BaseDatabaseWrapper:
+        connection = create(alias)
+        statements.watch(connection)
+        return connection
+
+    monkeypatch.setattr(connections, "create_connection", create_watched)
+    connection_created.connect(statements.connected)
+    yield statements
+    connection_created.disconnect(statements.connected)
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    return tmp_path / "notes"
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("it did not happen")
+        time.sleep(0.005)
+
+

@@ -1,0 +1,124 @@
+"""Several processes on one database, and processes that are killed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from fsm_storage import DjangoStorage
+from tests.database.conftest import Launcher, wait_for
+from tests.database.writers import key_of
+from tests.rows import record, records, transitions
+from tests.servers import run_python
+
+
+def lines(path: Path) -> list[list[str]]:
+    return [line.split() for line in path.read_text().splitlines()]
+
+
+def test_two_processes_hammering_the_same_keys_lose_no_field(
+    database: str, launcher: Launcher, notes: Path
+) -> None:
+    chats, tasks, fields = 3, 8, 40
+    writers = [
+        launcher.start("add_fields", database, str(notes), who, chats, tasks, fields) for who in ("a", "b")
+    ]
+    assert [launcher.wait(pid) for pid in writers] == [0, 0]
+    acknowledged: dict[int, dict[str, int]] = defaultdict(dict)
+    for chat, name, n in lines(notes):
+        acknowledged[int(chat)][name] = int(n)
+    assert sum(map(len, acknowledged.values())) == 2 * tasks * fields
+    assert {row.chat_id: row.data for row in records(database)} == acknowledged
+
+
+def test_two_processes_create_the_same_records(database: str, launcher: Launcher, notes: Path) -> None:
+    for _ in range(5):
+        # The same clock in all processes of a machine.
+        start_at = time.monotonic() + 0.3
+        writers = [
+            launcher.start("create_together", database, str(notes), who, start_at, 40) for who in ("a", "b")
+        ]
+        assert [launcher.wait(pid) for pid in writers] == [0, 0]
+        rows = records(database)
+        assert {row.chat_id: row.data for row in rows} == {n: {"a": n, "b": n} for n in range(40)}
+        for row in rows:
+            row.delete()
+
+
+def test_what_a_killed_process_was_told_is_written_is_there(
+    database: str, launcher: Launcher, notes: Path
+) -> None:
+    """Twenty rounds: the writer dies at any moment; a write that was in flight is old or new, never mixed."""
+    rounds, chats = 20, 4
+    for number in range(rounds):
+        first = number * 100
+        pid = launcher.start("write_for_ever", database, str(notes), first, chats)
+        wait_for(lambda first=first: notes.exists() and f"data {first} " in notes.read_text())
+        time.sleep(0.002 * number)
+        launcher.kill(pid)
+    acknowledged: dict[tuple[str, int], int] = {}
+    for what, chat, n in lines(notes):
+        acknowledged[what, int(chat)] = int(n)
+    assert len({chat for _, chat in acknowledged if chat < 1_000_000}) >= rounds
+    for (what, chat), n in acknowledged.items():
+        row = record(database, chat_id=chat)
+        if what == "data":
+            assert row.data["a"] in (n, n + 1)
+            assert row.data["b"] == row.data["a"]
+        elif what == "state":
+            assert row.state in (f"s{n}", f"s{n + 1}")
+        else:
+            assert [f"f{i}" for i in range(1, n + 1) if row.data.get(f"f{i}") != i] == []
+    for row in records(database):
+        if row.state is not None:
+            # Never a state without its transition, never a transition without its state.
+            steps = int(row.state[1:])
+            chain = [None, *(f"s{n}" for n in range(1, steps + 1))]
+            assert transitions(database, key=row.key) == [
+                (before, after, "bot", "") for before, after in zip(chain, chain[1:], strict=False)
+            ]
+
+
+def test_a_storage_works_on_both_sides_of_a_fork(database: str, launcher: Launcher, notes: Path) -> None:
+    pid = launcher.start("fork_after_use", database, str(notes))
+    assert launcher.wait(pid) == 0
+    assert lines(notes) == [["before"], ["before", "child"], ["before", "child", "parent"]]
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "postgres"], available_apps=["fsm_storage"])
+def test_a_process_ends_by_itself_with_storages_left_open() -> None:
+    """The worker threads do not keep the interpreter from ending."""
+    code = """
+import asyncio, django
+django.setup()
+from fsm_storage import storages, StorageKey
+async def main():
+    for alias in storages:
+        await storages[alias].set_state(StorageKey(1, 2, 3), "left")
+asyncio.run(main())
+"""
+    run_python(code, timeout=30)
+    for database in ("default", "postgres"):
+        assert record(database, chat_id=2).state == "left"
+
+
+def test_a_process_sees_at_once_what_another_one_wrote(
+    storage: DjangoStorage, database: str, launcher: Launcher, notes: Path
+) -> None:
+    """A read sees the newest write that finished before it began."""
+
+    async def look() -> None:
+        for _ in range(50):
+            newest = max(int(n) for what, _, n in lines(notes) if what == "data")
+            data = await storage.get_data(key_of(1))
+            assert data["a"] >= newest
+            await asyncio.sleep(0.002)
+
+    pid = launcher.start("write_for_ever", database, str(notes), 1, 1)
+    wait_for(lambda: notes.exists() and "data" in notes.read_text())
+    asyncio.run(look())
+    launcher.kill(pid)

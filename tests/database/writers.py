@@ -1,0 +1,106 @@
+"""What the forked processes do. Each notes an acknowledged write in a file, which outlives its killing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import warnings
+from collections.abc import Callable
+
+from aiogram.fsm.storage.base import StorageKey
+
+from fsm_storage import DjangoStorage
+
+
+def key_of(chat: int) -> StorageKey:
+    return StorageKey(bot_id=1, chat_id=chat, user_id=chat)
+
+
+def notes(path: str) -> Callable[[str], None]:
+    """Return a function that adds a line to the file in one write, which no kill can cut."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    return lambda line: (os.write(file, f"{line}\n".encode()), None)[1]
+
+
+def write_for_ever(database: str, path: str, first_chat: int, chats: int) -> None:
+    """Write the n-th state and the n-th data of several chats, and note each n when it is acknowledged."""
+    note = notes(path)
+
+    async def talk(storage: DjangoStorage, chat: int) -> None:
+        n = 0
+        while True:
+            n += 1
+            await storage.set_state(key_of(chat), f"s{n}")
+            note(f"state {chat} {n}")
+            await storage.set_data(key_of(chat), {"a": n, "text": "x" * 2000, "b": n})
+            note(f"data {chat} {n}")
+            await storage.update_data(key_of(chat + 1_000_000), {f"f{n}": n})
+            note(f"field {chat + 1_000_000} {n}")
+
+    async def main() -> None:
+        storage = DjangoStorage(database, database=database)
+        async with asyncio.TaskGroup() as group:
+            for chat in range(first_chat, first_chat + chats):
+                group.create_task(talk(storage, chat))
+
+    asyncio.run(main())
+
+
+def add_fields(database: str, path: str, who: str, chats: int, tasks: int, fields: int) -> None:
+    """Add fields of its own to data that another process writes too, from several tasks."""
+    note = notes(path)
+
+    async def add(storage: DjangoStorage, task: int) -> None:
+        for n in range(fields):
+            chat, name = (task + n) % chats, f"{who}-{task}-{n}"
+            merged = await storage.update_data(key_of(chat), {name: n})
+            assert merged[name] == n
+            note(f"{chat} {name} {n}")
+
+    async def main() -> None:
+        storage = DjangoStorage(database, database=database, timeout=30)
+        async with asyncio.TaskGroup() as group:
+            for task in range(tasks):
+                group.create_task(add(storage, task))
+        await storage.close()
+
+    asyncio.run(main())
+
+
+def create_together(database: str, path: str, who: str, start_at: float, chats: int) -> None:
+    """At the same moment as another process, add a field to records that do not exist."""
+    note = notes(path)
+
+    async def main() -> None:
+        storage = DjangoStorage(database, database=database)
+        await storage.get_state(key_of(0))  # the connections are open before the race
+        await asyncio.sleep(start_at - asyncio.get_running_loop().time())
+        await asyncio.gather(*(storage.update_data(key_of(chat), {who: chat}) for chat in range(chats)))
+        note(f"{who} done")
+        await storage.close()
+
+    asyncio.run(main())
+
+
+def fork_after_use(database: str, path: str) -> None:
+    """Use a storage, fork, and use it on both sides: first in the child, then in the parent."""
+    note = notes(path)
+    warnings.simplefilter("ignore", DeprecationWarning)  # of os.fork() in a process with threads
+    storage = DjangoStorage(database, database=database)
+
+    async def add(name: str) -> None:
+        merged = await asyncio.wait_for(storage.update_data(key_of(1), {name: 1}), 10)
+        await storage.set_state(key_of(1), name)
+        assert await storage.get_state(key_of(1)) == name
+        note(" ".join(sorted(merged)))
+
+    asyncio.run(add("before"))
+    pid = os.fork()
+    asyncio.run(add("parent" if _is_parent(pid) else "child"))
+
+
+def _is_parent(pid: int) -> bool:
+    """Say on which side of a fork this is; the parent first waits for the child's good end."""
+    if pid:
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    return bool(pid)

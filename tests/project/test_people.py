@@ -1,0 +1,59 @@
+"""The scripted people: they finish what they begin, at the pace they were given, and stop when told."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+from aiogram.fsm.storage.memory import MemoryStorage
+
+from project.bot_api import BotAPI
+from project.people import FIRST_USER_ID, People, make_user
+from project.person import Pace
+from tests.project.conftest import running_bot
+
+
+async def test_people_and_bot_understand_each_other(api: BotAPI) -> None:
+    people = People(api, count=16, pace=200, seed=7)
+    storage = MemoryStorage()
+    async with running_bot(api, storage):
+        await people.run(seconds=1.5)
+    assert people.endings["finished"] > 5
+    assert set(people.endings) <= {"finished", "given up"}
+    states = {record.state for record in storage.storage.values()}
+    assert any(state and state.startswith("Order:") for state in states)
+    assert any(key.thread_id is not None and key.chat_id < -(10**12) for key in storage.storage)
+
+
+async def test_people_keep_to_their_pace(api: BotAPI) -> None:
+    people = People(api, count=50, pace=100)
+    await people.run(seconds=0.3)
+    assert 10 <= api.updates.last_id <= 60
+
+
+async def test_people_stop_when_cancelled(api: BotAPI) -> None:
+    task = asyncio.create_task(People(api, count=5, pace=100).run())
+    while not len(api.updates):
+        await asyncio.sleep(0.001)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert len(asyncio.all_tasks() - {asyncio.current_task()}) <= 2  # the loop watch, the server
+
+
+async def test_turns_are_given_in_the_order_in_which_they_are_asked_for() -> None:
+    pace = Pace(1000, random.Random(1))
+    order: list[int] = []
+
+    async def take(number: int) -> None:
+        await pace.turn()
+        order.append(number)
+
+    await asyncio.gather(*map(take, range(10)))
+    assert order == list(range(10))
+
+
+def test_a_seed_gives_the_same_people() -> None:
+    first, again = ([make_user(FIRST_USER_ID + n, random.Random(3)) for n in range(20)] for _ in range(2))
+    assert first == again
+    assert all(user.id > 0 and not user.is_bot for user in first)

@@ -1,0 +1,287 @@
+"""The batcher with a fake commit: who is grouped with whom, and who learns what."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from itertools import chain
+
+import pytest
+
+from fsm_storage.batching import AGAIN, Batcher
+from fsm_storage.exceptions import StorageClosed, StorageTimeout
+
+
+class Commit:
+    """Answers (key, value) with the value; can be held up, and remembers its batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[list] = []
+        self.go = threading.Event()
+        self.go.set()
+        self.entered = threading.Event()
+
+    def __call__(self, ops, deadline):
+        self.batches.append(list(ops))
+        self.entered.set()
+        assert self.go.wait(10)
+        return [value for _, value in ops]
+
+
+@pytest.fixture
+def commit():
+    return Commit()
+
+
+@pytest.fixture
+def make(commit):
+    made = []
+
+    def factory(commit=commit, **options):
+        released = options.pop("release", lambda: None)
+        options = {"timeout": 5, "max_pending": 1000, "batch_size": 100, **options}
+        batcher = Batcher(commit, key=lambda op: op[0], release=released, name="test", **options)
+        made.append(batcher)
+        return batcher
+
+    yield factory
+    commit.go.set()
+    for batcher in made:
+        if thread := batcher.shut():
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+async def held(batcher, commit):
+    """Keep the thread busy with one operation."""
+    commit.go.clear()
+    task = asyncio.ensure_future(batcher.submit(("busy", "busy")))
+    await asyncio.to_thread(commit.entered.wait, 5)
+    return task
+
+
+async def test_a_lone_operation_goes_at_once(make, commit):
+    assert await make().submit(("a", 1)) == 1
+    assert commit.batches == [[("a", 1)]]
+
+
+async def test_what_gathers_while_the_thread_is_busy_goes_together(make, commit):
+    batcher = make()
+    busy = await held(batcher, commit)
+    tasks = [asyncio.ensure_future(batcher.submit((n, n))) for n in range(50)]
+    await asyncio.sleep(0)
+    commit.go.set()
+    assert await asyncio.gather(*tasks) == list(range(50))
+    assert await busy == "busy"
+    assert [len(batch) for batch in commit.batches] == [1, 50]
+
+
+async def test_a_second_operation_on_a_key_waits_for_the_next_batch(make, commit):
+    batcher = make()
+    await_busy = await held(batcher, commit)
+    tasks = [asyncio.ensure_future(batcher.submit(("same", n))) for n in range(3)]
+    tasks.append(asyncio.ensure_future(batcher.submit(("other", 9))))
+    await asyncio.sleep(0)
+    commit.go.set()
+    assert await asyncio.gather(*tasks) == [0, 1, 2, 9]
+    await await_busy
+    assert commit.batches[1:] == [[("same", 0), ("other", 9)], [("same", 1)], [("same", 2)]]
+
+
+async def test_none_as_key_never_collides(commit):
+    batcher = Batcher(
+        commit, key=lambda op: None, release=lambda: None, name="t", timeout=5, max_pending=9, batch_size=9
+    )
+    busy = await held(batcher, commit)
+    tasks = [asyncio.ensure_future(batcher.submit(("same", n))) for n in range(3)]
+    await asyncio.sleep(0)
+    commit.go.set()
+    await asyncio.gather(busy, *tasks)
+    assert len(commit.batches) == 2
+    await batcher.close()
+
+
+async def test_a_batch_has_its_limit(make, commit):
+    batcher = make(batch_size=20)
+    busy = await held(batcher, commit)
+    tasks = [asyncio.ensure_future(batcher.submit((n, n))) for n in range(50)]
+    await asyncio.sleep(0)
+    commit.go.set()
+    await asyncio.gather(busy, *tasks)
+    assert [len(batch) for batch in commit.batches] == [1, 20, 20, 10]
+
+
+async def test_an_error_reaches_its_own_caller_only(make):
+    batcher = make(lambda ops, deadline: [ValueError("bad") if value < 0 else value for _, value in ops])
+    replies = await asyncio.gather(*(batcher.submit((n, n)) for n in (-1, 2)), return_exceptions=True)
+    assert isinstance(replies[0], ValueError)
+    assert replies[1] == 2
+
+
+@pytest.mark.filterwarnings("default")
+async def test_a_commit_that_raises_fails_its_batch_and_the_next_one_works(make):
+    calls = []
+
+    def commit(ops, deadline):
+        calls.append(ops)
+        if len(calls) == 1:
+            raise RuntimeError("a fault of ours")
+        return [value for _, value in ops]
+
+    batcher = make(commit)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        await batcher.submit(("a", 1))
+    assert await batcher.submit(("a", 2)) == 2
+
+
+async def test_again_is_asked_again_while_others_go_on(make):
+    locked = {"a"}
+
+    def commit(ops, deadline):
+        return [AGAIN if key in locked else value for key, value in ops]
+
+    batcher = make(commit)
+    waiting = asyncio.ensure_future(batcher.submit(("a", 1)))
+    for n in range(10):
+        assert await batcher.submit(("b", n)) == n
+    assert not waiting.done()
+    locked.clear()
+    assert await waiting == 1
+
+
+async def test_a_cancelled_caller_that_still_waits_is_left_out(make, commit):
+    batcher = make()
+    busy = await held(batcher, commit)
+    task = asyncio.ensure_future(batcher.submit(("a", 1)))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    commit.go.set()
+    await busy
+    assert await batcher.submit(("b", 2)) == 2
+    assert not any(("a", 1) in batch for batch in commit.batches)
+
+
+async def test_a_caller_whose_operation_is_under_way_can_be_cancelled(make, commit):
+    batcher = make()
+    busy = await held(batcher, commit)
+    busy.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await busy
+    commit.go.set()
+    assert await batcher.submit(("b", 2)) == 2
+
+
+async def test_no_answer_within_the_timeout_is_an_error(make, commit):
+    batcher = make(timeout=0.1)
+    commit.go.clear()
+    began = time.monotonic()
+    replies = await asyncio.gather(*(batcher.submit((n, n)) for n in range(5)), return_exceptions=True)
+    assert time.monotonic() - began < 2
+    assert all(
+        isinstance(reply, StorageTimeout) and "may still be carried out" in str(reply) for reply in replies
+    )
+    commit.go.set()
+    assert await batcher.submit(("b", 2)) == 2
+
+
+async def test_past_the_bound_callers_wait_for_room(make, commit):
+    batcher = make(max_pending=10)
+    busy = await held(batcher, commit)
+    tasks = [asyncio.ensure_future(batcher.submit((n, n))) for n in range(100)]
+    await asyncio.sleep(0.02)
+    assert batcher._queue.qsize() == 10
+    commit.go.set()
+    assert await asyncio.gather(*tasks) == list(range(100))
+    await busy
+
+
+async def test_past_the_bound_and_the_timeout_it_is_an_error_that_says_so(make, commit):
+    batcher = make(max_pending=1, timeout=0.1)
+    commit.go.clear()
+    replies = await asyncio.gather(*(batcher.submit((n, n)) for n in range(6)), return_exceptions=True)
+    assert any("1 operations are waiting already" in str(reply) for reply in replies)
+
+
+async def test_close_finishes_what_was_accepted_then_refuses(make, commit):
+    released = []
+    batcher = make(release=lambda: released.append(threading.current_thread().name))
+    busy = await held(batcher, commit)
+    tasks = [asyncio.ensure_future(batcher.submit((n % 5, n))) for n in range(50)]
+    await asyncio.sleep(0)
+    closing = asyncio.ensure_future(batcher.close())
+    await asyncio.sleep(0.01)
+    with pytest.raises(StorageClosed):
+        await batcher.submit(("late", 1))
+    commit.go.set()
+    await closing
+    assert await asyncio.gather(*tasks) == list(range(50))
+    assert await busy == "busy"
+    assert released == ["test"]
+    await batcher.close()
+
+
+async def test_close_lets_go_of_those_who_wait_for_room(make, commit):
+    batcher = make(max_pending=1)
+    busy = await held(batcher, commit)
+    first = asyncio.ensure_future(batcher.submit((1, 1)))
+    waiting = [asyncio.ensure_future(batcher.submit((n, n))) for n in range(2, 5)]
+    await asyncio.sleep(0.01)
+    closing = asyncio.ensure_future(batcher.close())
+    replies = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(reply, StorageClosed) for reply in replies)
+    commit.go.set()
+    await asyncio.gather(closing, busy, first)
+
+
+def test_one_batcher_serves_loops_in_several_threads(make, commit):
+    batcher = make()
+    results: list[list[int]] = []
+
+    async def many(start):
+        results.append(await asyncio.gather(*(batcher.submit((n, n)) for n in range(start, start + 100))))
+
+    threads = [threading.Thread(target=lambda s=s: asyncio.run(many(s))) for s in (0, 100, 200)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(chain.from_iterable(results)) == list(range(300))
+
+
+def test_a_loop_that_was_closed_does_no_harm(make, commit):
+    batcher = make()
+
+    async def abandon():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(batcher.submit(("a", 1)), 0.02)
+
+    commit.go.clear()
+    asyncio.run(abandon())
+    commit.go.set()
+    for n in range(20):
+        assert asyncio.run(batcher.submit(("a", n))) == n
+    assert len(batcher._lanes) <= 2
+
+
+async def test_the_thread_ends_when_idle_and_comes_back(make, commit, monkeypatch):
+    monkeypatch.setattr("fsm_storage.batching.IDLE_SECONDS", 0.02)
+    released = []
+    batcher = make(release=lambda: released.append(1))
+    for n in (1, 2):
+        assert await batcher.submit(("a", n)) == n
+        thread = batcher._thread
+        if thread:
+            await asyncio.to_thread(thread.join, 5)
+        assert len(released) == n
+
+
+async def test_nothing_is_kept_for_what_is_done(make, commit):
+    batcher = make()
+    await asyncio.gather(*(batcher.submit((n, n)) for n in range(500)))
+    lane = batcher._lanes[asyncio.get_running_loop()]
+    assert not lane.waiting
+    assert batcher._queue.qsize() == len(batcher._put_off) == 0
