@@ -9,12 +9,11 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.machine import machine, versions
-from benchmarks.plan import cells_of_a_round
+from benchmarks.plan import WARM_UP_SECONDS, cells_of_a_round
 from benchmarks.results import Results
 from benchmarks.runner import Runner, places
 
 _DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
-_WARM_UP_SECONDS = 0.3
 
 
 def main() -> None:
@@ -35,7 +34,7 @@ def main() -> None:
     sys.stdout.write(report.terminal(results) + "\n")
     if options.write:
         text = report.document(
-            results, facts, software, rounds=options.rounds, seconds=options.seconds, warm_up=_WARM_UP_SECONDS
+            results, facts, software, rounds=options.rounds, seconds=options.seconds, warm_up=WARM_UP_SECONDS
         )
         _DOCUMENT.write_text(text, encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The bot of the Dispatcher run: some twenty handlers in five routers that never call the Bot API."""
+"""The bot of the Dispatcher run: some twenty handlers in six routers that never call the Bot API."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from aiogram.fsm.storage.base import BaseStorage
 from aiogram.types import Update
 
 from benchmarks.bot import CONVERSATION, make_bot, make_dispatcher
-from benchmarks.workload import WARM_UP_SECONDS, Reading
+from benchmarks.plan import WARM_UP_SECONDS
+from benchmarks.workload import Reading
 
 
 class Traffic:

@@ -15,6 +15,9 @@ from benchmarks.contenders import (
 
 Kind = Literal["migrate", "handler", "dispatcher", "statement"]
 
+WARM_UP_SECONDS = 0.3
+"""How long a cell works before it is measured."""
+
 _CHATS = (1, 64, 512)
 _QUICK_CHATS = (1, 64)
 _DISPATCHER_CHATS = 64

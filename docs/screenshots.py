@@ -29,8 +29,16 @@ TALK_SECONDS = 25
 def demo() -> Iterator[str]:
     """Run the demo; yield the address of its admin."""
     with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "project.demo", "--people=120", "--pace=60", "--log", f"{folder}/demo.log"],
+        process = subprocess.Popen(  # noqa: S603
+            [
+                sys.executable,
+                "-m",
+                "project.demo",
+                "--people=120",
+                "--pace=60",
+                "--log",
+                f"{folder}/demo.log",
+            ],
             cwd=DOCS.parent,
             env={
                 **os.environ,
@@ -62,8 +70,8 @@ def log_in(page: Page, admin: str) -> None:
     page.click("[type=submit]")
 
 
-def take(page: Page, name: str) -> None:
-    page.screenshot(path=DOCS / "img" / f"{name}.png")
+def take(page: Page, name: str, *, whole: bool = False) -> None:
+    page.screenshot(path=DOCS / "img" / f"{name}.png", full_page=whole)
 
 
 def take_all(page: Page, admin: str) -> None:
@@ -74,7 +82,7 @@ def take_all(page: Page, admin: str) -> None:
     take(page, "changelist")
     page.goto(f"{admin}fsm_storage/fsmrecord/?state=Order:phone&o=5")  # whose people left long ago
     page.click("#result_list tbody tr:first-child th a")
-    take(page, "conversation")
+    take(page, "conversation", whole=True)
     take_conflict(page)
 
 

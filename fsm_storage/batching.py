@@ -195,8 +195,19 @@ class Batcher(Generic[Op, Reply]):
             async with asyncio.timeout(deadline - time.monotonic()):
                 await room
         except TimeoutError as error:
+            self._leave_line(lane, room)
             reason = f"{self._max_pending} operations are waiting already"
             raise StorageTimeout(self._timeout, reason) from error
+        except asyncio.CancelledError:
+            self._leave_line(lane, room)
+            raise
+
+    def _leave_line(self, lane: _Lane, room: asyncio.Future[None]) -> None:
+        """Take a waiter out; if it had its turn already, the turn goes to the next one."""
+        try:
+            self._room.remove((lane, room))
+        except ValueError:
+            self._make_room(1)
 
     def _make_room(self, count: int) -> None:
         for _ in range(count):
@@ -245,6 +256,8 @@ class Batcher(Generic[Op, Reply]):
         return list(batch.values())
 
     def _wait(self, now: float) -> _Item | None:
+        if self._room:  # what was in the queue had been given up, all of it
+            self._make_room(self._max_pending - self._queue.qsize())
         if not self._put_off:
             return self._queue.get(timeout=IDLE_SECONDS)
         first = min(ready_at for ready_at, _ in self._put_off)

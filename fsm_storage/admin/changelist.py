@@ -13,6 +13,8 @@ from django.utils.functional import cached_property
 
 COUNT_LIMIT = 1000
 PAGES_AHEAD = 3
+DEEPEST_PAGE = 10_000
+"""Further back, filters lead to the place; a database counts its way to such a page row by row."""
 
 if TYPE_CHECKING:
     _ChangeList = ChangeList
@@ -33,7 +35,8 @@ class BoundedPaginator(_Paginator):
 
     def __init__(self, *args: Any, page_asked: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.bound = max(COUNT_LIMIT, (max(page_asked, 1) + PAGES_AHEAD) * self.per_page)
+        page = min(max(page_asked, 1), DEEPEST_PAGE)
+        self.bound = max(COUNT_LIMIT, (page + PAGES_AHEAD) * self.per_page)
 
     @cached_property
     def count(self) -> int:

@@ -36,7 +36,7 @@ def logged(user: Any, messages: Sequence[tuple[FSMRecord, str]]) -> Iterator[Non
             object_id=str(record.pk),
             object_repr=str(record)[:200],
             action_flag=CHANGE,
-            change_message=message[:MAX_LENGTH],
+            change_message=_storable(message[:MAX_LENGTH]),
         )
         for record, message in messages
     ]
@@ -44,6 +44,11 @@ def logged(user: Any, messages: Sequence[tuple[FSMRecord, str]]) -> Iterator[Non
     with transaction.atomic(using=database):
         LogEntry.objects.using(database).bulk_create(entries)
         yield
+
+
+def _storable(text: str) -> str:
+    """Return `text` as any database takes it. What is logged may be about to be refused for its letters."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
 def told(record: FSMRecord, changes: Changes) -> str:

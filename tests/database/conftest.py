@@ -111,10 +111,12 @@ class Statements:
         self._gate = threading.Event()
         self._gate.set()
         self._held = threading.Event()
+        self._only = ""
 
     def __call__(self, execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
-        self._held.set()
-        assert self._gate.wait(30)
+        if self._only in threading.current_thread().name:
+            self._held.set()
+            assert self._gate.wait(30)
         self.seen.append(sql)
         return execute(sql, params, many, context)
 
@@ -126,8 +128,12 @@ class Statements:
         self.connections += threading.current_thread().name.startswith("fsm_storage")
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Let no statement through, so that operations gather behind the one that comes first."""
+    def held(self, only: str = "") -> Iterator[None]:
+        """Let no statement through, so that operations gather behind the one that comes first.
+
+        `only`: hold up the threads with this in their names.
+        """
+        self._only = only
         self._held.clear()
         self._gate.clear()
         try:

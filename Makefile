@@ -1,0 +1,44 @@
+# The first Python here that is new enough; `make PYTHON=...` names another.
+PYTHON ?= $(or $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,$(shell \
+	$(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null))),python3)
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+PYTEST_ARGS ?=
+
+.PHONY: demo test bench lint clean
+
+# The example project with a bot, talking people and the admin, on this machine alone.
+demo: $(VENV)/.installed
+	$(RUN) -m project.demo
+
+test: $(VENV)/.installed
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed-bench
+	$(RUN) -m benchmarks
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) manage.py makemigrations --check --dry-run
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo 'Python 3.11 or newer is needed; $(PYTHON) is none. Name one: make PYTHON=/path/to/python $(MAKECMDGOALS)' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { \
+		echo 'The venv module of this Python is missing (on Debian: apt-get install python3-venv)' >&2; \
+		rm -rf $(VENV); exit 1; }
+
+$(VENV)/.installed: requirements.txt pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+$(VENV)/.installed-bench: benchmarks/requirements.txt $(VENV)/.installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	touch $@
