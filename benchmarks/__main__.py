@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.machine import machine, versions
+from benchmarks.machine import is_busy, machine, versions
 from benchmarks.plan import WARM_UP_SECONDS, cells_of_a_round
 from benchmarks.results import Results
 from benchmarks.runner import Runner, places
@@ -22,7 +22,9 @@ def main() -> None:
     if not cells:
         raise SystemExit(f"no cell has one of {options.only} in its name")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
-    results, facts = Results(), machine()
+    results, facts, noisy = Results(), machine(), is_busy()
+    if noisy:
+        sys.stderr.write("the machine is busy with something else: the numbers will be noisy\n")
     with places() as where:
         software = versions(where)
         runner = Runner(where)
@@ -34,7 +36,13 @@ def main() -> None:
     sys.stdout.write(report.terminal(results) + "\n")
     if options.write:
         text = report.document(
-            results, facts, software, rounds=options.rounds, seconds=options.seconds, warm_up=WARM_UP_SECONDS
+            results,
+            facts,
+            software,
+            noisy=noisy,
+            rounds=options.rounds,
+            seconds=options.seconds,
+            warm_up=WARM_UP_SECONDS,
         )
         _DOCUMENT.write_text(text, encoding="utf-8")
 

@@ -30,6 +30,11 @@ _PACKAGES = [
 ]
 
 
+def is_busy() -> bool:
+    """Say whether others keep the machine busy, so that the numbers of a run will be noisy."""
+    return os.getloadavg()[0] > 0.5 * len(os.sched_getaffinity(0))
+
+
 def machine() -> list[tuple[str, str]]:
     """Return what the machine is, as names and values."""
     return [

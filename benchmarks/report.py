@@ -28,10 +28,19 @@ def terminal(results: Results) -> str:
 
 
 def document(
-    results: Results, machine: Facts, versions: Facts, *, rounds: int, seconds: float, warm_up: float
+    results: Results,
+    machine: Facts,
+    versions: Facts,
+    *,
+    noisy: bool,
+    rounds: int,
+    seconds: float,
+    warm_up: float,
 ) -> str:
     """Return docs/benchmarks.md."""
     made = f"Made by `make bench` (`python -m benchmarks --write`) on {date.today():%-d %B %Y}."
+    if noisy:
+        made += " **The machine was busy with other work when it began: these numbers are noisy.**"
     method = _METHOD.read_text(encoding="utf-8").format(rounds=rounds, seconds=seconds, warm_up=warm_up)
     parts = [
         "# Benchmarks",

@@ -85,7 +85,7 @@ def record_expiry(record: FSMRecord, now: datetime) -> SafeString:
     if data_at is None and state_at is not None:
         return _part(_("state"), expiry(state_at, now))
     return format_html(
-        "{}<br>{}", _part(_("state"), expiry(state_at, now)), _part(_("data"), expiry(data_at, now))
+        "{} <br>{}", _part(_("state"), expiry(state_at, now)), _part(_("data"), expiry(data_at, now))
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from django.contrib import admin
 from django.core.paginator import Paginator
 from django.http import HttpRequest
+from django.urls import reverse
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
@@ -111,7 +112,9 @@ class TransitionAdmin(Base):
 
     @admin.display(description=gettext_lazy("conversation"))
     def conversation(self, transition: FSMTransition) -> SafeString:
-        return labelled(_("Conversation"), transition.key)
+        url = reverse("admin:fsm_storage_fsmrecord_changelist", current_app=self.admin_site.name)
+        link = format_html('<a href="{}?q={}">{}</a>', url, transition.chat_id, transition.key)
+        return labelled(_("Conversation"), link)
 
     @admin.display(description=gettext_lazy("change"))
     def what(self, transition: FSMTransition) -> SafeString:
@@ -119,5 +122,5 @@ class TransitionAdmin(Base):
 
     @admin.display(description=gettext_lazy("by"))
     def cause(self, transition: FSMTransition) -> SafeString:
-        text = f"{transition.get_source_display()} {transition.actor}".strip()
+        text = format_html("{} <b>{}</b>", transition.get_source_display(), transition.actor)
         return labelled(_("By"), text)

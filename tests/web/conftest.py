@@ -28,9 +28,18 @@ _numbers = itertools.count(1000)
 def make_record(db: None) -> Callable[..., FSMRecord]:
     """Make a record; `state_ttl` and `data_ttl` count from now and may be negative."""
 
-    def make(*, state_ttl: timedelta | None = None, data_ttl: timedelta | None = None, **fields: Any) -> FSMRecord:
+    def make(
+        *, state_ttl: timedelta | None = None, data_ttl: timedelta | None = None, **fields: Any
+    ) -> FSMRecord:
         number = next(_numbers)
-        fields = {"bot_id": 42, "chat_id": number, "user_id": number, "version": 7, "destiny": "default", **fields}
+        fields = {
+            "bot_id": 42,
+            "chat_id": number,
+            "user_id": number,
+            "version": 7,
+            "destiny": "default",
+            **fields,
+        }
         fields.setdefault("alias", "default")
         fields.setdefault("key", f"{fields['bot_id']}:{fields['chat_id']}:{fields['user_id']}")
         if "data" in fields and fields["data"] is None:

@@ -14,7 +14,13 @@ HOUR = timedelta(hours=1)
 
 
 def ask(client, action, records, query="", **fields):
-    data = {"action": action, "_selected_action": [r.pk for r in records], "index": 0, "select_across": 0, **fields}
+    data = {
+        "action": action,
+        "_selected_action": [r.pk for r in records],
+        "index": 0,
+        "select_across": 0,
+        **fields,
+    }
     return client.post(LIST + query, data)
 
 
@@ -47,13 +53,18 @@ def test_the_state_is_cleared_through_the_storage(agent, make_record):
     assert fresh(one).data_expires_at == one.data_expires_at
     assert fresh(idle).version == idle.version
     user = response.context["user"]
-    found = FSMTransition.objects.order_by("key").values_list("key", "from_state", "to_state", "source", "actor")
+    found = FSMTransition.objects.order_by("key").values_list(
+        "key", "from_state", "to_state", "source", "actor"
+    )
     name = user.get_username()
     assert sorted(found) == sorted(
         [(one.key, "Order:item", None, "admin", name), (two.key, "Support:topic", None, "admin", name)]
     )
     told = dict(LogEntry.objects.values_list("object_id", "change_message"))
-    assert told == {str(one.pk): "State: Order:item → no state.", str(two.pk): "State: Support:topic → no state."}
+    assert told == {
+        str(one.pk): "State: Order:item → no state.",
+        str(two.pk): "State: Support:topic → no state.",
+    }
     assert messages_of(response) == ["2 conversations were changed.", "1 had nothing to change."]
 
 
@@ -111,7 +122,13 @@ def test_all_of_a_filter_and_only_those(agent, make_record):
 
 def test_a_selection_that_grew_meanwhile_is_shown_again(agent, make_record):
     first = make_record(state="Order:item")
-    data = {"action": "clear_state", "_selected_action": [first.pk], "post": "yes", "expected": 1, "select_across": 1}
+    data = {
+        "action": "clear_state",
+        "_selected_action": [first.pk],
+        "post": "yes",
+        "expected": 1,
+        "select_across": 1,
+    }
     second = make_record(state="Order:item")
     response = agent.post(LIST + "?group=Order", data)
     assert "2 conversations are selected." in html_of(response)
@@ -122,7 +139,8 @@ def test_a_selection_that_grew_meanwhile_is_shown_again(agent, make_record):
 def test_too_many_are_refused(agent, make_record, monkeypatch):
     monkeypatch.setattr(actions, "MOST", 3)
     records = [make_record(state="Order:item") for _ in range(4)]
-    response = agent.post(LIST, {"action": "clear_state", "_selected_action": [records[0].pk], "index": 0, "select_across": 1}, follow=True)  # fmt: skip
+    selected = {"action": "clear_state", "_selected_action": [records[0].pk], "index": 0, "select_across": 1}
+    response = agent.post(LIST, selected, follow=True)
     assert messages_of(response) == ["More than 3 conversations are selected. Narrow the list with filters."]
 
 

@@ -59,7 +59,9 @@ def test_overwriting_is_a_choice_and_replaces_what_the_user_changed(agent, opene
     assert response.status_code == 302
     after = fresh(record)
     assert (after.state, after.data) == ("Order:payment", {"a": 2, "b": 1, "c": 2})
-    assert LogEntry.objects.get().change_message.startswith("State: Order:size → Order:payment. Data: a: 3 → 2")
+    assert LogEntry.objects.get().change_message.startswith(
+        "State: Order:size → Order:payment. Data: a: 3 → 2"
+    )
 
 
 def test_overwriting_leaves_alone_what_the_user_did_not_change(agent, make_record):
@@ -133,7 +135,9 @@ def _find_then_nothing():
 def test_any_data_can_be_compared_and_is_escaped(agent, make_record, theirs):
     record = make_record(state=XSS, data={XSS: 1})
     form = form_of(record, data_json='{"</pre>": 2}')
-    FSMRecord.objects.filter(pk=record.pk).update(data=theirs if theirs is not None else "", version=record.version + 1)
+    FSMRecord.objects.filter(pk=record.pk).update(
+        data=theirs if theirs is not None else "", version=record.version + 1
+    )
     response = agent.post(page_of(record), form)
     assert response.status_code == 409
     html = html_of(response)

@@ -9,7 +9,14 @@ from fsm_storage.exceptions import StorageTimeout
 from fsm_storage.models import FSMRecord, FSMTransition
 from tests.web.conftest import LIST, XSS, form_of, fresh, html_of, messages_of, page_of
 
-BIG = {"id": 2**63 + 1, "huge": 10**60 + 7, "float": 0.1 + 0.2, "whole": 1.0, "name": "Анна", "list": [1, None]}
+BIG = {
+    "id": 2**63 + 1,
+    "huge": 10**60 + 7,
+    "float": 0.1 + 0.2,
+    "whole": 1.0,
+    "name": "Анна",
+    "list": [1, None],
+}
 HOUR = timedelta(hours=1)
 
 
@@ -20,7 +27,14 @@ def save(client, record, **changes):
 def test_the_page_shows_the_conversation(agent, make_record):
     record = make_record(state="Order:payment", data=BIG, state_ttl=3 * HOUR + timedelta(seconds=30))
     html = html_of(agent.get(page_of(record)))
-    for text in ("Анна", str(2**63 + 1), str(10**60 + 7), "0.30000000000000004", "in 3 h", "Order:</span>payment"):
+    for text in (
+        "Анна",
+        str(2**63 + 1),
+        str(10**60 + 7),
+        "0.30000000000000004",
+        "in 3 h",
+        "Order:</span>payment",
+    ):
         assert text in html
     assert '<optgroup label="Order">' in html
     assert '<option value="=Order:payment" selected>' in html
@@ -33,7 +47,10 @@ def test_saving_without_a_change_writes_nothing(agent, make_record):
     assert messages_of(response) == ["Nothing was changed."]
     after = fresh(record)
     assert after.version == record.version
-    assert (after.state_expires_at, after.data_expires_at) == (record.state_expires_at, record.data_expires_at)
+    assert (after.state_expires_at, after.data_expires_at) == (
+        record.state_expires_at,
+        record.data_expires_at,
+    )
     assert not LogEntry.objects.exists()
 
 
@@ -43,7 +60,10 @@ def test_a_state_is_set_with_a_transition_and_a_log_entry(agent, make_record):
     after = fresh(record)
     assert (after.state, after.version) == ("Order:payment", record.version + 1)
     assert after.data == BIG
-    assert (after.state_expires_at, after.data_expires_at) == (record.state_expires_at, record.data_expires_at)
+    assert (after.state_expires_at, after.data_expires_at) == (
+        record.state_expires_at,
+        record.data_expires_at,
+    )
     transition = FSMTransition.objects.of(record).get()
     assert (transition.from_state, transition.to_state) == ("Order:item", "Order:payment")
     user = response.context["user"]
@@ -91,12 +111,15 @@ def test_an_odd_state_is_left_alone(agent, make_record, state):
 
 def test_data_is_replaced_exactly_and_logged_key_by_key(agent, make_record):
     record = make_record(state="Order:item", data={"keep": 2**70, "drop": "x", "turn": 1}, data_ttl=HOUR)
-    save(agent, record, data_json='{"keep": %d, "turn": 1.0, "new": [%d]}' % (2**70, 2**80))
+    save(agent, record, data_json=f'{{"keep": {2**70}, "turn": 1.0, "new": [{2**80}]}}')
     after = fresh(record)
     assert after.data == {"keep": 2**70, "turn": 1.0, "new": [2**80]}
     assert isinstance(after.data["turn"], float)
     assert after.data_expires_at == record.data_expires_at
-    assert LogEntry.objects.get().change_message == 'Data: drop: "x" removed; turn: 1 → 1.0; new: [%d] added.' % 2**80
+    assert (
+        LogEntry.objects.get().change_message
+        == f'Data: drop: "x" removed; turn: 1 → 1.0; new: [{2**80}] added.'
+    )
     assert not FSMTransition.objects.exists()
 
 
@@ -166,15 +189,14 @@ def test_more_than_the_storage_takes_is_a_form_error(agent, make_record, setting
 
 
 @pytest.mark.parametrize(
-    ("state", "words"), [("x" * 300, "255"), ("a\0b", "Null characters"), ("a\ud800".encode("utf-8", "replace").decode(), "")]
-)  # fmt: skip
+    ("state", "words"), [("x" * 300, "255"), ("a\0b", "Null characters"), ("x" * 100_000, "over the limit")]
+)
 def test_a_state_that_cannot_be_kept_is_a_form_error(agent, make_record, state, words):
     record = make_record(state="Order:item")
     response = save(agent, record, other_state=state)
     assert response.status_code == 200
     assert words in html_of(response)
-    if words:
-        assert fresh(record).version == record.version
+    assert fresh(record).version == record.version
 
 
 def seconds_left(record, part):
@@ -259,7 +281,9 @@ def test_a_conversation_of_an_unknown_storage_cannot_be_saved(agent, make_record
     assert not LogEntry.objects.exists()
 
 
-@pytest.mark.parametrize("error", [StorageTimeout(5, "<b>stuck</b>"), OperationalError("database is <b>locked</b>")])
+@pytest.mark.parametrize(
+    "error", [StorageTimeout(5, "<b>stuck</b>"), OperationalError("database is <b>locked</b>")]
+)
 def test_a_failing_database_is_a_message_and_nothing_is_saved(agent, make_record, monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
@@ -324,7 +348,10 @@ def test_a_post_without_a_token_is_refused(make_user, make_record):
     client.force_login(make_user("view_fsmrecord", "change_fsmrecord"))
     record = make_record(state="Order:item", data={"a": 1})
     assert client.post(page_of(record), form_of(record, state="none")).status_code == 403
-    assert client.post(LIST, {"action": "clear_state", "_selected_action": record.pk, "post": "yes"}).status_code == 403
+    assert (
+        client.post(LIST, {"action": "clear_state", "_selected_action": record.pk, "post": "yes"}).status_code
+        == 403
+    )
     assert fresh(record).version == record.version
     page = html_of(client.get(page_of(record)))
     token = page.split('name="csrfmiddlewaretoken" value="')[-1].split('"')[0]

@@ -16,20 +16,34 @@ NASTY = [
 
 
 def clean(html):
-    return not any(text in html for text in ("<script>alert", "<img src=x", '"><script', 'href="javascript', "</textarea><"))
+    return not any(
+        text in html
+        for text in ("<script>alert", "<img src=x", '"><script', 'href="javascript', "</textarea><")
+    )
 
 
 @pytest.mark.parametrize("text", NASTY)
 def test_no_page_renders_what_is_stored_as_markup(admin_client, make_record, text):
     record = make_record(
-        state=text, data={text: [text, {text: text}]}, destiny=text, business_connection_id=text, key=f"k{text}"
+        state=text,
+        data={text: [text, {text: text}]},
+        destiny=text,
+        business_connection_id=text,
+        key=f"k{text}",
     )
     grouped = make_record(state=f"{text}:x")
     FSMTransition.objects.create(
-        alias="default", key=record.key, bot_id=1, chat_id=1, user_id=1, from_state=text, to_state=text[:50], actor=text
+        alias="default",
+        key=record.key,
+        bot_id=1,
+        chat_id=1,
+        user_id=1,
+        from_state=text,
+        to_state=text[:50],
+        actor=text,
     )
-    pages = [LIST, page_of(record), page_of(grouped), f"{LIST}?q={text}", f"{LIST}?group={text}", f"{LIST}?state={text}",
-             f"{LIST}{record.pk}/delete/", "/admin/fsm_storage/fsmtransition/"]  # fmt: skip
+    pages = [LIST, page_of(record), page_of(grouped), f"{LIST}?q={text}", f"{LIST}?group={text}",
+             f"{LIST}?state={text}", f"{LIST}{record.pk}/delete/", "/admin/fsm_storage/fsmtransition/"]  # fmt: skip
     for page in pages:
         response = admin_client.get(page)
         assert response.status_code == 200, page
@@ -57,7 +71,9 @@ def test_what_was_typed_wrongly_is_escaped(admin_client, make_record):
 def test_there_is_no_inline_style_or_script_of_ours(admin_client, make_record, path):
     record = make_record(state="Order:item", data={"a": 1})
     if path == "confirm":
-        html = html_of(admin_client.post(LIST, {"action": "clear_all", "_selected_action": [record.pk], "index": 0}))
+        html = html_of(
+            admin_client.post(LIST, {"action": "clear_all", "_selected_action": [record.pk], "index": 0})
+        )
     else:
         html = html_of(admin_client.get(LIST if path == "list" else page_of(record)))
     body = html.split("<body")[1]

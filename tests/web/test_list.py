@@ -22,7 +22,16 @@ def test_a_row_says_where_a_conversation_is(agent, make_record):
         state_ttl=timedelta(hours=3, minutes=1), data_ttl=timedelta(hours=3, minutes=1),
     )  # fmt: skip
     html = html_of(agent.get(LIST))
-    for text in ("-1001234567890", ">55<", ">7<", "topic 12", "side", "in 3 h", "fsm-badge fsm-c4", "just now"):
+    for text in (
+        "-1001234567890",
+        ">55<",
+        ">7<",
+        "topic 12",
+        "side",
+        "in 3 h",
+        "fsm-badge fsm-c4",
+        "just now",
+    ):
         assert text.replace(">", "</span>", 1) if text[0] == ">" else text in html
     assert "1 conversation" in html
 
@@ -37,13 +46,17 @@ def test_an_expired_state_is_no_state(agent, make_record):
 
 def test_the_list_reads_no_data(agent, make_record):
     make_record(data={"secret": "x" * 50})
-    with CaptureQueriesContext(connection, ) as queries:
+    with CaptureQueriesContext(
+        connection,
+    ) as queries:
         agent.get(LIST)
     assert not [q for q in queries if '"fsm_storage_record"."data"' in q["sql"].split("FROM")[0]]
 
 
 @pytest.mark.parametrize("rows", [3, 130])
-def test_the_number_of_queries_does_not_depend_on_the_rows(agent, make_record, rows, django_assert_max_num_queries):
+def test_the_number_of_queries_does_not_depend_on_the_rows(
+    agent, make_record, rows, django_assert_max_num_queries
+):
     for _ in range(rows):
         make_record(state="Order:payment", data={"a": 1})
     with django_assert_max_num_queries(10):
@@ -146,7 +159,9 @@ def test_filter_by_idle_time(agent, make_record):
     assert fresh(new).pk in found(agent, "")
 
 
-@pytest.mark.parametrize("query", ["?bot=x", "?bot=9999999999999999999999", "?expires=x", "?idle=x", "?data__x=1", "?password=1"])  # fmt: skip
+@pytest.mark.parametrize(
+    "query", ["?bot=x", "?bot=" + "9" * 22, "?expires=x", "?idle=x", "?data__x=1", "?nothing=1"]
+)
 def test_a_made_up_filter_is_refused_without_harm(agent, make_record, query):
     make_record()
     assert agent.get(LIST + query, follow=True).status_code in (200, 400)
@@ -203,7 +218,10 @@ def test_a_search_that_means_nothing_says_what_could_be_typed(agent, make_record
     assert words in html_of(response)
 
 
-@pytest.mark.parametrize("query", ["a=1e999", "a=NaN", "a=-", "x" * 5000 + "=1", "a=" + "9" * 5000, "a%=1", "a'b=1", 'a"b=1', "$=1", "a[0]=1", "'; DROP TABLE x; --=1", "a=\0"])  # fmt: skip
+@pytest.mark.parametrize("query", [
+        "a=1e999", "a=NaN", "a=-", "x" * 5000 + "=1", "a=" + "9" * 5000, "a%=1", "a'b=1", 'a"b=1', "$=1", "a[0]=1",
+        "'; DROP TABLE x; --=1", "a=\0",
+    ])  # fmt: skip
 def test_a_strange_search_is_no_error(agent, make_record, query):
     make_record(data={"a": 1})
     assert agent.get(LIST, {"q": query}).status_code == 200

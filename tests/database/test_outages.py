@@ -1,0 +1,319 @@
+"""Servers that go away and come back, dropped connections, and a database that somebody else has locked."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psycopg
+import pytest
+from aiogram.fsm.storage.base import StorageKey
+from django.db import connections
+
+from fsm_storage import DjangoStorage
+from fsm_storage.exceptions import StorageTimeout, StorageUnavailable
+from tests.conftest import POSTGRES, SQLITE
+from tests.loop_watch import watched_loop
+from tests.rows import execute, in_thread, record, transitions
+from tests.servers import Postgres
+
+Make = Callable[..., DjangoStorage]
+ONLY_POSTGRES = pytest.mark.parametrize("database", [POSTGRES], indirect=True)
+ONLY_SQLITE = pytest.mark.parametrize("database", [SQLITE], indirect=True)
+OWN = pytest.mark.django_db(transaction=True, databases=["default"], available_apps=["fsm_storage"])
+TIMEOUT = 1.5
+CLEAR = (StorageTimeout, StorageUnavailable)
+
+
+def chat(number: int) -> StorageKey:
+    return StorageKey(bot_id=1, chat_id=number, user_id=number)
+
+
+class Load:
+    """Tasks that write a new field again and again, and remember how each write went."""
+
+    def __init__(self, storage: DjangoStorage, tasks: int) -> None:
+        self.storage = storage
+        self.acknowledged: dict[int, set[str]] = {n: set() for n in range(tasks)}
+        self.errors: list[BaseException] = []
+        self.slowest = 0.0
+        self._goes_on = True
+        self._tasks = [asyncio.create_task(self._write(n)) for n in range(tasks)]
+
+    async def _write(self, n: int) -> None:
+        count = 0
+        while self._goes_on:
+            count += 1
+            began = time.monotonic()
+            try:
+                await self.storage.update_data(chat(n), {f"f{count}": count})
+                await self.storage.get_state(chat(n))
+            except Exception as error:
+                self.errors.append(error)
+            else:
+                self.acknowledged[n].add(f"f{count}")
+            self.slowest = max(self.slowest, time.monotonic() - began)
+            await asyncio.sleep(0.005)
+
+    async def stop(self) -> None:
+        self._goes_on = False
+        await asyncio.wait_for(asyncio.gather(*self._tasks), 10)
+
+    @property
+    def total(self) -> int:
+        return sum(map(len, self.acknowledged.values()))
+
+    async def wait_for_writes(self, more: int = 50) -> None:
+        goal = self.total + more
+        async with asyncio.timeout(15):
+            while self.total < goal:
+                await asyncio.sleep(0.01)
+
+
+@OWN
+@pytest.mark.parametrize("away", ["stop", "kill"])
+async def test_a_server_that_goes_and_comes_back_under_load(
+    own_database: str, own_postgres: Postgres, away: str
+) -> None:
+    storage = DjangoStorage(own_database, database=own_database, timeout=TIMEOUT)
+    await storage.set_state(chat(0), "before")
+    load = Load(storage, 20)
+    await load.wait_for_writes()
+    await asyncio.to_thread(getattr(own_postgres, away))
+    await asyncio.sleep(2 * TIMEOUT)
+    # Each call that met the outage was told so in time, and the loop went on.
+    assert load.errors
+    assert [error for error in load.errors if not isinstance(error, CLEAR)] == []
+    # A call of the load is a write and a read, each of which may take the whole timeout.
+    assert load.slowest < 2 * TIMEOUT + 1
+    began = time.monotonic()
+    with pytest.raises(CLEAR):
+        await storage.get_state(chat(0))
+    assert time.monotonic() - began < TIMEOUT + 0.5
+    await asyncio.to_thread(own_postgres.start)
+    assert await storage.get_state(chat(0)) == "before"  # the first call after the restart
+    await load.wait_for_writes()
+    await load.stop()
+    for n, fields in load.acknowledged.items():
+        assert fields <= (await storage.get_data(chat(n))).keys()
+    await storage.close()
+
+
+@OWN
+async def test_the_first_write_after_a_restart_works(own_database: str, own_postgres: Postgres) -> None:
+    storage = DjangoStorage(own_database, database=own_database)
+    await storage.set_state(chat(0), "before")
+    await storage.set_data(chat(0), {"a": 1})
+    for _ in range(2):
+        await asyncio.to_thread(own_postgres.stop)
+        await asyncio.to_thread(own_postgres.start)
+        assert await storage.update_data(chat(0), {"b": 1}) == {"a": 1, "b": 1}
+        assert await storage.get_state(chat(0)) == "before"
+    await storage.close()
+
+
+@OWN
+async def test_a_server_that_is_away_at_the_start(own_database: str, own_postgres: Postgres) -> None:
+    storage = DjangoStorage(own_database, database=own_database, timeout=TIMEOUT)
+    await asyncio.to_thread(own_postgres.stop)
+    began = time.monotonic()
+    outcomes = await asyncio.gather(
+        *(storage.set_state(chat(n), "a") for n in range(10)), return_exceptions=True
+    )
+    assert time.monotonic() - began < TIMEOUT + 0.5
+    assert {type(outcome) for outcome in outcomes} <= set(CLEAR)
+    await asyncio.to_thread(own_postgres.start)
+    await storage.set_state(chat(0), "later")
+    assert await storage.get_state(chat(0)) == "later"
+    await storage.close()
+
+
+def drop_connections(database: str, who: str = "%") -> int:
+    sql = """SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+             WHERE datname = current_database() AND pid <> pg_backend_pid() AND query LIKE %s"""
+    return int(execute(database, sql, [who])[0][0])
+
+
+@ONLY_POSTGRES
+async def test_a_dropped_connection_is_replaced_by_the_next_call(
+    storage: DjangoStorage, database: str
+) -> None:
+    await storage.set_state(chat(0), "a")
+    await storage.get_state(chat(0))
+    calls = [
+        lambda: storage.get_state(chat(0)),
+        lambda: storage.set_state(chat(0), "a"),
+        lambda: storage.update_data(chat(0), {"n": 1}),
+        lambda: storage.get_data(chat(0)),
+    ]
+    for call in calls:
+        assert await in_thread(drop_connections, database) >= 1
+        await call()
+    assert await storage.get_state(chat(0)) == "a"
+    assert await storage.get_data(chat(0)) == {"n": 1}
+
+
+@ONLY_POSTGRES
+async def test_connections_that_drop_under_load_fail_no_call(storage: DjangoStorage, database: str) -> None:
+    load = Load(storage, 10)
+    for _ in range(10):
+        await load.wait_for_writes(20)
+        await in_thread(drop_connections, database, "%fsm_storage%")
+    await load.wait_for_writes(20)
+    await load.stop()
+    assert load.errors == []
+    for n, fields in load.acknowledged.items():
+        assert fields <= (await storage.get_data(chat(n))).keys()
+
+
+# Locks of others
+
+
+@contextmanager
+def sqlite_locked(database: str) -> Iterator[None]:
+    """Hold SQLite's write lock from a connection of somebody else's."""
+    other = sqlite3.connect(
+        connections[database].settings_dict["NAME"], isolation_level=None, check_same_thread=False
+    )
+    other.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        other.execute("ROLLBACK")
+        other.close()
+
+
+@ONLY_SQLITE
+@pytest.mark.slow
+@pytest.mark.loop_gap(0.1)
+async def test_sqlite_locked_for_two_seconds_is_waited_for(storage: DjangoStorage, database: str) -> None:
+    await storage.set_state(chat(0), "a")
+    with sqlite_locked(database):
+        began = time.monotonic()
+        tasks = [asyncio.create_task(storage.update_data(chat(n), {"n": n})) for n in range(20)]
+        await asyncio.sleep(2)
+        assert not any(task.done() for task in tasks)
+    assert await asyncio.gather(*tasks) == [{"n": n} for n in range(20)]
+    assert time.monotonic() - began < 4
+
+
+@ONLY_SQLITE
+@pytest.mark.loop_gap(0.1)
+async def test_sqlite_locked_for_longer_is_a_clear_error_in_time(make_storage: Make, database: str) -> None:
+    storage = make_storage(timeout=1.0)
+    await storage.set_state(chat(0), "old")
+    with sqlite_locked(database):
+        for _ in range(2):
+            began = time.monotonic()
+            outcomes = await asyncio.gather(
+                *(storage.set_state(chat(n), "new") for n in range(10)), return_exceptions=True
+            )
+            assert time.monotonic() - began < 1.5
+            assert {type(outcome) for outcome in outcomes} <= set(CLEAR)
+    assert await storage.get_state(chat(0)) in ("old", "new")
+    await storage.set_state(chat(0), "later")
+    assert await storage.get_state(chat(0)) == "later"
+
+
+@ONLY_POSTGRES
+async def test_a_row_that_somebody_holds_delays_no_other(make_storage: Make, database: str) -> None:
+    """On PostgreSQL a locked row is left out of the batch and asked for again."""
+    storage = make_storage(timeout=3.0)
+    for n in range(10):
+        await storage.set_data(chat(n), {"old": n})
+    settings = connections[database].settings_dict
+    other = await in_thread(
+        psycopg.connect, host=settings["HOST"], user=settings["USER"], dbname=settings["NAME"]
+    )
+    try:
+        await in_thread(other.execute, "SELECT 1 FROM fsm_storage_record WHERE chat_id = 3 FOR UPDATE")
+        stuck = asyncio.create_task(storage.update_data(chat(3), {"new": 3}))
+        await asyncio.sleep(0.05)
+        began = time.monotonic()
+        others = [storage.update_data(chat(n), {"new": n}) for n in range(10) if n != 3]
+        await asyncio.gather(*others)
+        assert time.monotonic() - began < 1
+        assert not stuck.done()
+        await in_thread(other.rollback)
+        assert await asyncio.wait_for(stuck, 2) == {"old": 3, "new": 3}
+
+        await in_thread(other.execute, "SELECT 1 FROM fsm_storage_record WHERE chat_id = 3 FOR UPDATE")
+        began = time.monotonic()
+        with pytest.raises(CLEAR):
+            await storage.update_data(chat(3), {"never": 3})
+        assert time.monotonic() - began < 3.5
+        assert await storage.get_data(chat(3)) == {"old": 3, "new": 3}  # reading needs no lock
+        await in_thread(other.rollback)
+    finally:
+        await in_thread(other.close)
+    await storage.set_state(chat(3), "later")
+
+
+@ONLY_POSTGRES
+async def test_a_deadlock_with_somebody_else_is_survived(storage: DjangoStorage, database: str) -> None:
+    """Another session locks the same rows, in the other order, again and again."""
+    keys = [chat(n) for n in range(6)]
+    await asyncio.gather(*(storage.set_data(key, {}) for key in keys))
+    await asyncio.gather(*(storage.set_data(key, {"n": 0}) for key in keys))
+    ends = threading.Event()
+    settings = connections[database].settings_dict
+
+    def interfere() -> int:
+        rounds = 0
+        with psycopg.connect(
+            host=settings["HOST"], user=settings["USER"], dbname=settings["NAME"]
+        ) as other:
+            while not ends.is_set():
+                try:
+                    for number in (5, 3, 1, 0):
+                        other.execute(
+                            "UPDATE fsm_storage_record SET updated_at = now() WHERE chat_id = %s", [number]
+                        )
+                except psycopg.errors.DeadlockDetected:
+                    pass
+                other.rollback()
+                rounds += 1
+        return rounds
+
+    rounds = asyncio.create_task(asyncio.to_thread(interfere))
+    for n in range(40):
+        merged = await asyncio.gather(*(storage.update_data(key, {f"f{n}": n}) for key in keys))
+        assert all(data[f"f{n}"] == n for data in merged)
+    ends.set()
+    assert await rounds > 10
+    for key in keys:
+        assert await storage.get_data(key) == {"n": 0, **{f"f{n}": n for n in range(40)}}
+
+
+async def test_a_change_and_its_transition_go_together(storage: DjangoStorage, database: str) -> None:
+    """The table of transitions is out of the way for a moment: neither is written."""
+    await storage.set_state(chat(0), "a")
+    await in_thread(execute, database, "ALTER TABLE fsm_storage_transition RENAME TO hidden")
+    try:
+        with pytest.raises(Exception, match="migrate"):
+            await storage.set_state(chat(0), "b")
+        assert await storage.get_state(chat(0)) == "a"
+    finally:
+        await in_thread(execute, database, "ALTER TABLE hidden RENAME TO fsm_storage_transition")
+    assert (await in_thread(record, database)).state == "a"
+    await storage.set_state(chat(0), "c")
+    assert await in_thread(transitions, database) == [(None, "a", "bot", ""), ("a", "c", "bot", "")]
+
+
+@pytest.mark.loop_gap(0.25)
+async def test_big_data_does_not_stop_the_loop(storage: DjangoStorage) -> None:
+    """10 MB are refused by a named limit, 3 MB are kept; the loop goes on."""
+    async with watched_loop() as watch:
+        big = {"text": "x" * 3_000_000}
+        await storage.set_data(chat(0), big)
+        assert await storage.get_data(chat(0)) == big
+        with pytest.raises(ValueError, match=r"limit of \d+"):
+            await storage.set_data(chat(0), {"text": "x" * 10_000_000})
+        with pytest.raises(ValueError, match=r"limit of \d+"):
+            await storage.set_data(chat(0), {"list": ["x" * 100] * 100_000})
+        assert await storage.get_data(chat(0)) == big
+    assert watch.longest < 0.25
