@@ -21,10 +21,11 @@ MAX_DEPTH = 500
 MAX_LENGTH = 4 * 1024 * 1024
 """Characters of JSON text. Coding holds the interpreter: 4 Mi characters take about 50 ms."""
 
-# Sorting costs next to nothing and raises TypeError where a dict has keys of several types, which
+# Sorting costs little and raises TypeError where a dict has keys of several types, which
 # is the only way in which two of them can become one in JSON ({1: ..., "1": ...}).
 _dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")).encode
 _dumps_unsorted = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+_raw_decode = json.JSONDecoder().raw_decode
 # For what came out of JSON text a moment ago, in which nothing can be wrong.
 _dumps_again = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
@@ -41,7 +42,7 @@ class Codec:
     """
 
     def __init__(self, loads: Loads | None = None, dumps: Dumps | None = None) -> None:
-        self._loads: Loads = loads or json.loads
+        self._loads: Loads = loads or _loads
         self._dumps: Dumps = dumps or _dumps
         self._is_default = dumps is None
 
@@ -83,15 +84,18 @@ class Codec:
             raise CorruptData(key, f"a {type(data).__name__} where an object belongs")
         return data
 
-    def fold(self, key: str, base: str, over: tuple[str, ...]) -> str:
-        """Lay the objects `over` on `base`, key by key. Raises `CorruptData` if `base` is no object."""
+    def fold(self, key: str, base: str, over: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+        """Lay the objects `over` on `base`, key by key; return the text and what is in it.
+
+        Raises `CorruptData` if `base` is no object.
+        """
         data = self.decode(base, key)
         for text in over:
             data.update(self._loads(text))
         if self._is_default:
-            return _dumps_again(data)
+            return _dumps_again(data), data
         text_or_bytes = self._dumps(data)
-        return text_or_bytes.decode() if isinstance(text_or_bytes, bytes) else text_or_bytes
+        return text_or_bytes.decode() if isinstance(text_or_bytes, bytes) else text_or_bytes, data
 
     def _dumps_custom(self, data: dict[str, Any], key: str) -> str:
         for path, reason, _ in _flaws(data, only_keys=True):
@@ -127,6 +131,12 @@ class Codec:
         if "\\u0000" in text or "\\ud" in text or "\\uD" in text or (not text.isascii() and text_flaw(text)):
             for path, reason, _ in _flaws(json.loads(text)):
                 raise InvalidData(path, reason, key)
+
+
+def _loads(text: str) -> Any:
+    """Do what `json.loads` does to text without space around it, in two thirds of the time."""
+    value, end = _raw_decode(text)
+    return value if end == len(text) else json.loads(text)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -116,19 +116,18 @@ def apply(
     but for one case: where nothing is left at all, the data expires now, so that the sweep, which
     only walks along the expiries, finds the idle record.
     """
-    state, state_expires_at = old.state, old.state_expires_at
+    state, data, state_expires_at, data_expires_at = old
     if patch.state is not KEEP or state_ttl.renew:
-        before = old.live_state(now)
+        before = None if is_past(state_expires_at, now) else state
         state = before if patch.state is KEEP else patch.state
-        state_expires_at = _expiry(state is None, before is not None, old.state_expires_at, state_ttl, now)
+        state_expires_at = _expiry(state is None, before is not None, state_expires_at, state_ttl, now)
 
-    data, data_expires_at = old.data, old.data_expires_at
-    if patch.touches_data or data_ttl.renew:
-        before_data = old.live_data(now)
+    if patch.data is not KEEP or patch.merge or data_ttl.renew:
+        before_data = EMPTY if is_past(data_expires_at, now) else data
         data = before_data if patch.data is KEEP else patch.data
         if patch.merge:
             data = fold(data, patch.merge)
-        data_expires_at = _expiry(data == EMPTY, before_data != EMPTY, old.data_expires_at, data_ttl, now)
+        data_expires_at = _expiry(data == EMPTY, before_data != EMPTY, data_expires_at, data_ttl, now)
 
     if data == EMPTY:
         data_expires_at = now if state is None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar, cast
 
@@ -22,9 +22,7 @@ from fsm_storage.exceptions import InvalidState, InvalidStateType, StorageClosed
 from fsm_storage.keys import (
     MAX_ACTOR_LENGTH,
     MAX_STATE_LENGTH,
-    RecordKeyBuilder,
-    check_key,
-    check_key_text,
+    record_key,
     text_flaw,
 )
 from fsm_storage.patches import KEEP, Keep, Patch, Ttl, ttl_seconds
@@ -93,7 +91,7 @@ class DjangoStorage(BaseStorage):
             },
         )  # fmt: skip
         self.alias, self.database, self.in_transaction = alias, database, in_transaction
-        self.key_builder: KeyBuilder = _loaded(key_builder, called=True) or RecordKeyBuilder()
+        self._key_builder: KeyBuilder | None = _loaded(key_builder, called=True)
         self.codec = Codec(_loaded(json_loads), _loaded(json_dumps))
         self._state_ttl, self._data_ttl = Ttl(ttl_seconds(state_ttl)), Ttl(ttl_seconds(data_ttl))
         self._scope = Scope(alias, history, self.codec)
@@ -135,8 +133,8 @@ class DjangoStorage(BaseStorage):
         """Lay `data` over what is there, key by key, atomically over all processes; return all of it."""
         text = self._text(key)
         patch = Patch(merge=(self.codec.encode(data, text),))
-        written = await self._write(Write(text, key, patch, self._state_ttl, self._data_ttl))
-        return self.codec.decode(cast(str, written.data), text)
+        written: Written = await self._write(Write(text, key, patch, self._state_ttl, self._data_ttl))
+        return written.merged if written.merged is not None else self.codec.decode(written.text or "", text)
 
     async def close(self) -> None:
         """Finish what was accepted, for `timeout` seconds at the most, and refuse what comes later."""
@@ -193,20 +191,17 @@ class DjangoStorage(BaseStorage):
         return self._session.sweep(self._scope, limit)
 
     def _text(self, key: StorageKey) -> str:
-        check_key(key)
-        text = self.key_builder.build(key)
-        check_key_text(text)
-        return text
+        return record_key(key, self._key_builder)
 
-    async def _read(self, read: Read) -> Any:
+    def _read(self, read: Read) -> Awaitable[Any]:
         if self.in_transaction:
-            return await self._now(read)
-        return await (self._reads or self._start()[0]).submit(read)
+            return self._now(read)
+        return (self._reads or self._start()[0]).submit(read)
 
-    async def _write(self, write: Write) -> Written:
+    def _write(self, write: Write) -> Awaitable[Any]:
         if self.in_transaction:
-            return cast(Written, await self._now(write))
-        return cast(Written, await (self._writes or self._start()[1]).submit(write))
+            return self._now(write)
+        return (self._writes or self._start()[1]).submit(write)
 
     async def _now(self, op: Read | Write) -> Any:
         if self.closed:
@@ -245,16 +240,22 @@ class DjangoStorage(BaseStorage):
         )
 
     def _commit(self, ops: Sequence[Read | Write], deadline: float) -> Replies[Any]:
-        reads = [op for op in ops if isinstance(op, Read)]
-        writes = [op for op in ops if isinstance(op, Write)]
-        read = iter(self._session.read(reads, self._scope, deadline) if reads else ())
-        written = iter(self._session.write(writes, self._scope, deadline) if writes else ())
-        replies = [next(read if isinstance(op, Read) else written) for op in ops]
-        return [AGAIN if reply is LOCKED else reply for reply in replies]
+        reads = [op for op in ops if type(op) is Read]
+        writes = [op for op in ops if type(op) is Write]
+        if not writes:
+            return self._session.read(reads, self._scope, deadline)
+        answers = self._session.write(writes, self._scope, deadline)
+        written: Replies[Any] = answers
+        if LOCKED in answers:
+            written = [AGAIN if reply is LOCKED else reply for reply in answers]
+        if not reads:
+            return written
+        replies = {Read: iter(self._session.read(reads, self._scope, deadline)), Write: iter(written)}
+        return [next(replies[type(op)]) for op in ops]
 
 
 def _collision_key(op: Read | Write) -> str | None:
-    return op.key if isinstance(op, Write) else None
+    return op.key if type(op) is Write else None
 
 
 def _state_text(state: StateType, key: str) -> str | None:

@@ -177,7 +177,9 @@ class Session:
     def _may_prepare(self, connection: BaseDatabaseWrapper) -> bool:
         """Prepared statements belong to a server connection, which a pooler may swap: these settings say so."""
         settings = connection.settings_dict
-        has_own_rule = "prepare_threshold" in settings["OPTIONS"] or settings.get("DISABLE_SERVER_SIDE_CURSORS")
+        has_own_rule = "prepare_threshold" in settings["OPTIONS"] or settings.get(
+            "DISABLE_SERVER_SIDE_CURSORS"
+        )
         return not has_own_rule and not self._is_pooled
 
     def _write(self, unit: _Unit, writes: Sequence[Write], scope: Scope) -> list[WriteReply]:

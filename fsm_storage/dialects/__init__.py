@@ -49,10 +49,14 @@ class Write(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What a write left behind: the version (None: there was and is no record), and the data after a merge."""
+    """What a write left behind: the version (None: there was and is no record).
+
+    After a merge, the data too, as text or as the value in it.
+    """
 
     version: int | None
-    data: str | None = None
+    text: str | None = None
+    merged: dict[str, Any] | None = None
 
 
 class Cause(NamedTuple):

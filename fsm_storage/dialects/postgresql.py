@@ -155,7 +155,7 @@ class PostgreSQL:
 def _over(patch: Patch, scope: Scope) -> str | None:
     if not patch.merge:
         return None
-    return exact(patch.merge[0] if len(patch.merge) == 1 else scope.codec.fold("", EMPTY, patch.merge))
+    return exact(patch.merge[0] if len(patch.merge) == 1 else scope.codec.fold("", EMPTY, patch.merge)[0])
 
 
 def _lone(write: Write, scope: Scope) -> Statement | None:

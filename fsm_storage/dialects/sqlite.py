@@ -164,25 +164,30 @@ class _Work:
                 None if row.data_expires_at is None else _seconds(row.data_expires_at),
             )
         )
-        scope, clock = self.scope, self.clock
+        merged: dict[str, Any] | None = None
+
+        def fold(base: str, over: tuple[str, ...]) -> str:
+            nonlocal merged
+            text, merged = self.scope.codec.fold(write.key, base, over)
+            return text
+
         try:
             new = apply(
                 write.patch,
                 old,
-                clock.now,
-                fold=lambda base, over: scope.codec.fold(write.key, base, over),
+                self.clock.now,
+                fold=fold,
                 state_ttl=write.state_ttl,
                 data_ttl=write.data_ttl,
             )
         except CorruptData as error:
             return error
-        reply_data = new.data if write.patch.merge else None
         if row.id is None and new.state is None and new.data == EMPTY:
-            return Written(None, reply_data)
+            return Written(None, merged=merged)
         version = self._save(write, row, new)
-        if scope.history != "off":
+        if self.scope.history != "off":
             self._note(write, old, new)
-        return Written(version, reply_data)
+        return Written(version, merged=merged)
 
     def _save(self, write: Write, row: _Row, new: Content) -> int:
         clock, parts = self.clock, write.parts

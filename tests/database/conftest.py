@@ -92,8 +92,12 @@ def own_postgres(django_db_setup: None) -> Iterator[Postgres]:
 
 
 @pytest.fixture
-def own_database(own_postgres: Postgres, transactional_db: None) -> Iterator[str]:
-    with another_database("own", "postgres", HOST=own_postgres.host, NAME="postgres") as alias:
+def own_database(own_postgres: Postgres, django_db_blocker: Any) -> Iterator[str]:
+    """Not for a test with a `django_db` mark, which would forbid a database that it does not know."""
+    with (
+        django_db_blocker.unblock(),
+        another_database("own", "postgres", HOST=own_postgres.host, NAME="postgres") as alias,
+    ):
         call_command("migrate", database=alias, verbosity=0)
         for table in ("fsm_storage_record", "fsm_storage_transition"):
             with connections[alias].cursor() as cursor:

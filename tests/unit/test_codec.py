@@ -62,7 +62,8 @@ def test_exponents_in_texts_are_left_alone(value):
 @given(data, data)
 def test_fold_is_dict_update(base, over):
     texts_ = CODEC.encode(base, "key"), CODEC.encode(over, "key")
-    assert json.loads(CODEC.fold("key", texts_[0], (texts_[1],))) == {**base, **over}
+    text, value = CODEC.fold("key", texts_[0], (texts_[1],))
+    assert json.loads(text) == value == {**base, **over}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_custom_functions_keep_their_types():
 
     codec = Codec(loads, dumps)
     text = codec.encode({"price": Decimal("1.10")}, "key")
-    assert codec.decode(codec.fold("key", text, (codec.encode({"n": 1}, "key"),)), "key") == {
+    assert codec.decode(codec.fold("key", text, (codec.encode({"n": 1}, "key"),))[0], "key") == {
         "price": Decimal("1.10"),
         "n": 1,
     }

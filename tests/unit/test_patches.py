@@ -17,7 +17,7 @@ CODEC = Codec()
 
 
 def fold(base: str, over: tuple[str, ...]) -> str:
-    return CODEC.fold("key", base, over)
+    return CODEC.fold("key", base, over)[0]
 
 
 def text(value: dict) -> str:

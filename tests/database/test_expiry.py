@@ -1,0 +1,288 @@
+"""Times to live, judged by the database's clock, and the sweep."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from io import StringIO
+
+import pytest
+from aiogram.fsm.storage.base import StorageKey
+from django.core.management import CommandError, call_command
+from django.utils import timezone
+
+from fsm_storage import DjangoStorage, storages
+from fsm_storage.models import FSMRecord
+from tests.rows import in_thread, let_time_pass, record, records, transitions
+
+Make = Callable[..., DjangoStorage]
+
+
+def chat(number: int) -> StorageKey:
+    return StorageKey(bot_id=1, chat_id=number, user_id=number)
+
+
+async def pass_time(storage: DjangoStorage, seconds: float) -> None:
+    await in_thread(let_time_pass, storage.database, seconds)
+
+
+async def test_state_ttl_alone_lets_the_data_live(make_storage: Make, key: StorageKey) -> None:
+    storage = make_storage(state_ttl=100)
+    await storage.set_state(key, "a")
+    await storage.set_data(key, {"n": 1})
+    await pass_time(storage, 10_000)
+    assert await storage.get_state(key) is None
+    assert await storage.get_data(key) == {"n": 1}
+
+
+async def test_data_ttl_alone_lets_the_state_live(make_storage: Make, key: StorageKey) -> None:
+    storage = make_storage(data_ttl=100)
+    await storage.set_state(key, "a")
+    await storage.set_data(key, {"n": 1})
+    await pass_time(storage, 10_000)
+    assert await storage.get_state(key) == "a"
+    assert await storage.get_data(key) == {}
+
+
+async def test_without_ttl_nothing_expires(storage: DjangoStorage, database: str, key: StorageKey) -> None:
+    await storage.set_state(key, "a")
+    await storage.set_data(key, {"n": 1})
+    row = await in_thread(record, database)
+    assert (row.state_expires_at, row.data_expires_at) == (None, None)
+
+
+@pytest.mark.parametrize("ttl", [30, 0.25, timedelta(hours=2), timedelta(days=36525)], ids=str)
+async def test_the_time_of_expiry_is_now_and_the_ttl(
+    make_storage: Make, database: str, key: StorageKey, ttl: float | timedelta
+) -> None:
+    storage = make_storage(state_ttl=ttl, data_ttl=ttl)
+    for write in (
+        lambda: storage.set_state(key, "a"),
+        lambda: storage.set_data(key, {"n": 1}),
+        lambda: storage.update_data(key, {"n": 2}),
+        lambda: asyncio.gather(storage.set_state(key, "b"), storage.set_state(chat(5), "b")),
+    ):
+        before = datetime.now(UTC)
+        await write()
+        after = datetime.now(UTC)
+        row = await in_thread(record, database, chat_id=key.chat_id)
+        delta = ttl if isinstance(ttl, timedelta) else timedelta(seconds=ttl)
+        slack = timedelta(milliseconds=5)
+        newest = max(filter(None, (row.state_expires_at, row.data_expires_at)))
+        assert before + delta - slack <= newest <= after + delta + slack
+
+
+async def test_a_ttl_under_a_second_is_kept_to_a_tenth(make_storage: Make, key: StorageKey) -> None:
+    storage = make_storage(state_ttl=0.4)
+    await storage.set_state(key, "a")
+    began = time.monotonic()
+    while await storage.get_state(key) == "a":
+        await asyncio.sleep(0.01)
+        assert time.monotonic() - began < 5
+    assert 0.29 < time.monotonic() - began < 0.9
+
+
+async def test_the_bots_clock_does_not_matter(
+    make_storage: Make, database: str, key: StorageKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = make_storage(state_ttl=1800, data_ttl=1800)
+    await storage.set_state(key, "a")
+    real_time, real_now = time.time, timezone.now
+    for hours in (1, -1):
+        monkeypatch.setattr(time, "time", lambda hours=hours: real_time() + 3600 * hours)
+        monkeypatch.setattr(timezone, "now", lambda hours=hours: real_now() + timedelta(hours=hours))
+        assert await storage.get_state(key) == "a"
+        await storage.set_state(key, "a")
+        await storage.set_data(key, {"n": hours})
+        await asyncio.gather(*(storage.update_data(chat(n), {"n": hours}) for n in range(5)))
+        for row in await in_thread(records, database):
+            for instant in filter(None, (row.state_expires_at, row.data_expires_at)):
+                assert abs(instant - real_now() - timedelta(seconds=1800)) < timedelta(seconds=20)
+            assert abs(row.updated_at - real_now()) < timedelta(seconds=20)
+
+
+async def test_two_bots_agree_about_what_has_expired(make_storage: Make, database: str, key: StorageKey) -> None:
+    one, other = make_storage(state_ttl=100), make_storage(state_ttl=7)
+    await one.set_state(key, "a")
+    await pass_time(one, 50)
+    assert await other.get_state(key) == "a"
+    await pass_time(one, 51)
+    assert await one.get_state(key) is None
+    assert await other.get_state(key) is None
+
+
+async def test_an_expired_state_that_is_overwritten_is_noted_first(
+    make_storage: Make, database: str, key: StorageKey
+) -> None:
+    storage = make_storage(state_ttl=100)
+    await storage.set_state(key, "a")
+    await pass_time(storage, 150)
+    await storage.set_state(key, "a")
+    await pass_time(storage, 150)
+    await storage.set_state(key, None)
+    assert await in_thread(transitions, database) == [
+        (None, "a", "bot", ""),
+        ("a", None, "expiry", ""),
+        (None, "a", "bot", ""),
+        ("a", None, "expiry", ""),
+    ]
+
+
+# The querysets and the sweep
+
+
+async def fill(storage: DjangoStorage) -> None:
+    """1 is live, 2 lost its state, 3 its data, 4 both, 5 was cleared by the bot."""
+    for n in range(1, 6):
+        await storage.set_state(chat(n), f"s{n}")
+        await storage.set_data(chat(n), {"n": n})
+    await pass_time(storage, 101)
+    await storage.set_state(chat(1), "live")
+    await storage.set_data(chat(1), {"n": 1})
+    await storage.set_data(chat(2), {"n": 2})
+    await storage.set_state(chat(3), "s3")
+    await storage.set_state(chat(5), None)
+    await storage.set_data(chat(5), {})
+
+
+def chats(records: object) -> set[int]:
+    return {row.chat_id for row in records}  # type: ignore[attr-defined]
+
+
+async def test_querysets_know_what_expired(make_storage: Make, database: str) -> None:
+    storage = make_storage(state_ttl=100, data_ttl=100)
+    await fill(storage)
+    rows = FSMRecord.objects.using(database)
+    assert await in_thread(lambda: chats(rows.live())) == {1, 2, 3}
+    assert await in_thread(lambda: chats(rows.idle())) == {4, 5}
+    assert await in_thread(lambda: chats(rows.state_expired())) == {2, 4}
+    assert await in_thread(lambda: chats(rows.in_state("live", "s2", "s3", "s4"))) == {1, 3}
+    assert await in_thread(lambda: chats(rows.in_state(None))) == {2, 4, 5}
+    assert await in_thread(lambda: chats(rows.for_chat(3))) == {3}
+    assert await in_thread(lambda: chats(rows.for_user(3))) == {3}
+    assert await in_thread(lambda: chats(rows.with_key(chat(3)))) == {3}
+
+
+def sweep(*arguments: str) -> dict[str, dict[str, int]]:
+    out = StringIO()
+    call_command("fsm_sweep", "--json", *arguments, stdout=out)
+    found: dict[str, dict[str, int]] = json.loads(out.getvalue())
+    return found
+
+
+async def test_the_sweep_removes_what_the_bot_no_longer_sees(make_storage: Make, database: str) -> None:
+    storage = make_storage(state_ttl=100, data_ttl=100)
+    await fill(storage)
+
+    async def seen() -> list[object]:
+        return [(await storage.get_state(chat(n)), await storage.get_data(chat(n))) for n in range(1, 6)]
+
+    before = await seen()
+    planned = await in_thread(sweep, "--alias", database, "--dry-run")
+    assert len(await in_thread(records, database)) == 5
+    overwritten = await in_thread(transitions, database, source="expiry")
+    assert {before for before, *_ in overwritten} == {"s1", "s3", "s5"}
+    swept = await in_thread(sweep, "--alias", database)
+    assert swept == planned == {database: {"states": 2, "data": 2, "records": 2}}
+    assert await seen() == before
+    rows = await in_thread(records, database)
+    assert {row.chat_id: (row.state, row.data) for row in rows} == {
+        1: ("live", {"n": 1}),
+        2: (None, {"n": 2}),
+        3: ("s3", {}),
+    }
+    noted = await in_thread(transitions, database, source="expiry")
+    assert set(noted) - set(overwritten) == {("s2", None, "expiry", ""), ("s4", None, "expiry", "")}
+    assert await in_thread(sweep, "--alias", database) == {database: {"states": 0, "data": 0, "records": 0}}
+
+
+async def test_a_swept_record_that_comes_again_has_a_newer_version(
+    make_storage: Make, database: str, key: StorageKey
+) -> None:
+    storage = make_storage(state_ttl=100)
+    versions = []
+    for _ in range(3):
+        for n in range(5):
+            await storage.set_state(key, f"s{n}")
+        versions.append((await in_thread(record, database)).version)
+        await pass_time(storage, 150)
+        await in_thread(sweep, "--alias", database)
+        assert await in_thread(records, database) == []
+    assert versions == sorted(set(versions))
+
+
+async def test_the_sweep_goes_in_batches(make_storage: Make, database: str) -> None:
+    storage = make_storage(state_ttl=100, data_ttl=100)
+    await asyncio.gather(*(storage.set_state(chat(n), "a") for n in range(55)))
+    await asyncio.gather(*(storage.set_data(chat(n), {"n": n}) for n in range(55)))
+    await pass_time(storage, 150)
+    batch = await in_thread(storage.sweep, 10)
+    assert max(batch) <= 10
+    assert len(await in_thread(records, database)) >= 45
+    swept = await in_thread(sweep, "--alias", database, "--batch-size", "10")
+    assert swept[database]["records"] + batch[2] == 55
+    assert swept[database]["states"] + batch[0] == 55
+    assert swept[database]["data"] + batch[1] == 55
+    assert await in_thread(records, database) == []
+
+
+async def test_the_sweep_never_takes_what_was_renewed(make_storage: Make, database: str) -> None:
+    """Bot and sweep work on the same expired records at the same time."""
+    storage = make_storage(state_ttl=100, data_ttl=100)
+    for _ in range(5):
+        await asyncio.gather(*(storage.set_state(chat(n), "old") for n in range(60)))
+        await asyncio.gather(*(storage.set_data(chat(n), {"old": n}) for n in range(60)))
+        await pass_time(storage, 150)
+        sweeping = asyncio.create_task(in_thread(sweep, "--alias", database, "--batch-size", "7"))
+        for start in range(0, 60, 6):
+            await asyncio.gather(*(storage.set_state(chat(n), "new") for n in range(start, start + 6)))
+            await asyncio.gather(*(storage.update_data(chat(n), {"new": n}) for n in range(start, start + 6)))
+        await sweeping
+        for n in range(60):
+            assert await storage.get_state(chat(n)) == "new"
+            assert await storage.get_data(chat(n)) == {"new": n}
+
+
+async def test_sweepers_at_the_same_time_do_each_record_once(make_storage: Make, database: str) -> None:
+    storage = make_storage(state_ttl=100, data_ttl=100)
+    await asyncio.gather(*(storage.set_state(chat(n), f"s{n}") for n in range(80)))
+    await asyncio.gather(*(storage.set_data(chat(n), {"n": n}) for n in range(80)))
+    await pass_time(storage, 150)
+    counts = await asyncio.gather(
+        *(in_thread(sweep, "--alias", database, "--batch-size", "9") for _ in range(3))
+    )
+    assert sum(count[database]["states"] for count in counts) == 80
+    assert sum(count[database]["data"] for count in counts) == 80
+    # Whoever stopped early may have left one to the next sweep.
+    await in_thread(sweep, "--alias", database)
+    assert await in_thread(records, database) == []
+    assert len(await in_thread(transitions, database, source="expiry")) == 80
+
+
+async def test_the_sweep_leaves_other_aliases_alone(make_storage: Make, database: str, key: StorageKey) -> None:
+    other = make_storage(alias="other", state_ttl=100)
+    own = make_storage(state_ttl=100)
+    await other.set_state(key, "a")
+    await own.set_state(key, "a")
+    await pass_time(own, 150)
+    await in_thread(sweep, "--alias", database)
+    assert [row.alias for row in await in_thread(records, database)] == ["other"]
+
+
+def test_the_sweep_prints_what_it_did(database: str) -> None:
+    out = StringIO()
+    call_command("fsm_sweep", "--alias", database, stdout=out)
+    assert out.getvalue() == f"{database}: cleared 0 states and 0 data, deleted 0 idle records\n"
+    call_command("fsm_sweep", "--alias", database, "--dry-run", stdout=out)
+    assert "would clear" in out.getvalue()
+
+
+def test_the_sweep_names_a_wrong_argument(database: str) -> None:
+    with pytest.raises(CommandError, match="nowhere"):
+        call_command("fsm_sweep", "--alias", "nowhere")
+    with pytest.raises(CommandError, match="batch-size"):
+        call_command("fsm_sweep", "--batch-size", "0")
+    assert storages[database] is not None
