@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,11 @@ def check_storages(app_configs: Sequence[AppConfig] | None = None, **kwargs: Any
         aliases = list(storages.settings)
     except InvalidStorageError as error:
         return [Error(str(error), hint=f"For example FSM_STORAGES = {_EXAMPLE}", id="fsm_storage.E001")]
-    return [message for alias in aliases for message in _check_alias(alias)]
+    messages: list[CheckMessage] = []
+    for alias in aliases:
+        # Two aliases on one database need not be told the same twice.
+        messages += [message for message in _check_alias(alias) if message not in messages]
+    return messages
 
 
 _EXAMPLE = '{"default": {"BACKEND": "fsm_storage.DjangoStorage", "OPTIONS": {}}}'
@@ -43,4 +48,9 @@ def _check_alias(alias: str) -> list[CheckMessage]:
     if callable(own) and takes_alias(backend):
         messages: list[CheckMessage] = own(alias, options)
         return messages
+    try:
+        inspect.signature(backend).bind(**options)
+    except TypeError as error:
+        text = f"FSM_STORAGES[{alias!r}]['OPTIONS'] do not fit {backend.__name__}: {error}."
+        return [Error(text, hint="They are its keyword arguments.", id="fsm_storage.E003")]
     return []

@@ -25,7 +25,6 @@ MAX_LENGTH = 4 * 1024 * 1024
 # is the only way in which two of them can become one in JSON ({1: ..., "1": ...}).
 _dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")).encode
 _dumps_unsorted = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-_raw_decode = json.JSONDecoder().raw_decode
 # For what came out of JSON text a moment ago, in which nothing can be wrong.
 _dumps_again = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
@@ -103,7 +102,7 @@ class Codec:
         raw = self._dumps(data)
         text = raw.decode() if isinstance(raw, bytes) else raw
         try:
-            decoded = json.loads(text, parse_constant=_refuse_constant)
+            decoded = _loads(text)
         except ValueError as error:
             raise InvalidData("", f"became something else than JSON: {error}", key) from error
         if not isinstance(decoded, dict):
@@ -133,14 +132,26 @@ class Codec:
                 raise InvalidData(path, reason, key)
 
 
-def _loads(text: str) -> Any:
-    """Do what `json.loads` does to text without space around it, in two thirds of the time."""
-    value, end = _raw_decode(text)
-    return value if end == len(text) else json.loads(text)
-
-
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def _loads(text: str) -> Any:
+    """Decode text, but no NaN; without space around it, in two thirds of the time of `json.loads`."""
+    value, end = _DECODER.raw_decode(text)
+    return value if end == len(text) else _DECODER.decode(text)
+
+
+def is_json(text: str) -> bool:
+    """Say whether `text` is JSON that can be read."""
+    try:
+        _loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _depth(text: str) -> int:

@@ -50,6 +50,10 @@ class StorageHandler(BaseConnectionHandler):  # type: ignore[type-arg] # generic
             settings = getattr(django_settings, self.settings_name, DEFAULT)
         if not isinstance(settings, Mapping):
             raise InvalidStorageError(f"FSM_STORAGES must be a dict of aliases, not {settings!r}")
+        if not settings:
+            raise InvalidStorageError(
+                "FSM_STORAGES is empty; leave it out for the default, or name a storage"
+            )
         return settings
 
     def __getitem__(self, alias: str) -> BaseStorage:
@@ -71,7 +75,7 @@ class StorageHandler(BaseConnectionHandler):  # type: ignore[type-arg] # generic
     def create_connection(self, alias: str) -> BaseStorage:
         """Make the storage of `alias`. Raises `InvalidStorageError`, which names what is wrong."""
         backend, options = self.configured(alias)
-        arguments = {"alias": alias, **options} if takes_alias(backend) else options
+        arguments = {**options, "alias": alias} if takes_alias(backend) else options
         try:
             return cast("BaseStorage", backend(**arguments))
         except TypeError as error:

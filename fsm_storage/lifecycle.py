@@ -37,12 +37,7 @@ class Sweeper:
     def due(self) -> Swept:
         """Count what a sweep would do now."""
         records = FSMRecord.objects.using(self.storage.database).filter(alias=self.storage.alias)
-        expired = records.expired()
-        return Swept(
-            expired.state_expired().count(),
-            expired.data_expired().exclude(data={}).count(),
-            expired.idle().count(),
-        )
+        return Swept(records.state_expired().count(), records.data_expired().count(), records.idle().count())
 
     def sweep(self) -> Iterator[Swept]:
         """Sweep until nothing is due; yield the counts so far after each batch."""

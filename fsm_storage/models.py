@@ -49,7 +49,7 @@ class FSMRecordQuerySet(models.QuerySet["FSMRecord"]):
 
     def expired(self) -> Self:
         """Records with a part that has expired and has not been swept."""
-        return self.filter(Q(state_expires_at__lte=Now()) | Q(data_expires_at__lte=Now()))
+        return self.filter(Q(state_expires_at__lte=Now()) | Q(data_expires_at__lte=Now()) & ~Q(data={}))
 
     def state_expired(self) -> Self:
         """Records with a state that has expired and has not been swept."""
@@ -57,7 +57,7 @@ class FSMRecordQuerySet(models.QuerySet["FSMRecord"]):
 
     def data_expired(self) -> Self:
         """Records with data that has expired and has not been swept."""
-        return self.filter(data_expires_at__lte=Now())
+        return self.filter(data_expires_at__lte=Now()).exclude(data={})
 
     def in_state(self, *states: State | str | None) -> Self:
         """Records that are in one of `states` now; None stands for no state."""
@@ -67,7 +67,7 @@ class FSMRecordQuerySet(models.QuerySet["FSMRecord"]):
 
     def in_group(self, *groups: type[StatesGroup]) -> Self:
         """Records that are in a state of one of `groups`, child groups included."""
-        return self.in_state(*(name for group in groups for name in group.__all_states_names__))
+        return self.in_state(*(state for group in groups for state in group.__all_states__))
 
     def for_chat(self, chat_id: int) -> Self:
         """Records of one chat: in a group, one for each user."""
@@ -307,7 +307,17 @@ class FSMRecord(models.Model):
             by=by,
             source=source,
         )
-        self.refresh_from_db()
+        self._load_anew()
+
+    def _load_anew(self) -> None:
+        """Load this key's record: another row than before, if the sweep had deleted that one."""
+        found = type(self)._base_manager.using(self._state.db).filter(alias=self.alias, key=self.key)
+        self.pk = found.values_list("pk", flat=True).first()
+        if self.pk is not None:
+            self.refresh_from_db()
+        else:  # there was nothing, and nothing was written
+            self.state, self.data = None, {}
+            self.state_expires_at = self.data_expires_at = None
 
 
 class FSMTransitionQuerySet(models.QuerySet["FSMTransition"]):

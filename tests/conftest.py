@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import shutil
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -134,19 +135,22 @@ def key() -> StorageKey:
     return StorageKey(bot_id=42, chat_id=-100200300, user_id=7)
 
 
-@pytest.fixture(autouse=True)
-def _watch_loop(request: pytest.FixtureRequest) -> None:
-    if inspect.iscoroutinefunction(getattr(request.node, "obj", None)):
-        request.getfixturevalue("_watched_loop")
-
-
-@pytest.fixture
-async def _watched_loop(request: pytest.FixtureRequest, _django_db_marker: None) -> AsyncIterator[None]:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     """Fail an async test that keeps its event loop from turning. `loop_gap(seconds)` is another limit."""
-    mark = request.node.get_closest_marker("loop_gap")
-    limit = mark.args[0] if mark else MAX_LOOP_GAP
-    async with watched_loop() as watch:
-        yield
-    await sync_to_async(connections.close_all)()  # of the thread in which Django's async ORM works
-    if watch.longest > limit:
-        pytest.fail(f"the event loop stood still for {watch.longest:.3f} s, over the limit of {limit} s")
+    if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
+        mark = item.get_closest_marker("loop_gap")
+        item.obj = _watched(item.obj, mark.args[0] if mark else MAX_LOOP_GAP)
+    return (yield)
+
+
+def _watched(test: Callable[..., Any], limit: float) -> Callable[..., Any]:
+    @functools.wraps(test)
+    async def watched(*args: Any, **kwargs: Any) -> None:
+        async with watched_loop() as watch:
+            await test(*args, **kwargs)
+        await sync_to_async(connections.close_all)()  # of the thread in which Django's async ORM works
+        if watch.longest > limit:
+            pytest.fail(f"the event loop stood still for {watch.longest:.3f} s, over the limit of {limit} s")
+
+    return watched

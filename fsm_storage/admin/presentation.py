@@ -80,6 +80,9 @@ def expiry(at: datetime | None, now: datetime) -> SafeString:
 def record_expiry(record: FSMRecord, now: datetime) -> SafeString:
     """Return when the parts of a record expire; one text where they go together."""
     state_at, data_at = record.state_expires_at, record.data_expires_at
+    if record.state is None and data_at == record.updated_at:
+        # A write that leaves nothing behind lets the data expire at once, for the sweep.
+        return format_html('<span class="fsm-quiet">{}</span>', _("ended"))
     if record.state is None or _together(state_at, data_at):
         return expiry(data_at, now)
     if data_at is None and state_at is not None:

@@ -112,6 +112,10 @@ def _imported(value: Any) -> tuple[Any, str | None]:
         return None, f"{value!r} cannot be imported ({error})"
 
 
+def _flag(value: Any) -> str | None:
+    return None if isinstance(value, bool) else f"must be True or False, not {value!r}"
+
+
 _RULES: dict[str, Callable[[Any], str | None]] = {
     "key_builder": _key_builder,
     "state_ttl": _ttl,
@@ -122,6 +126,7 @@ _RULES: dict[str, Callable[[Any], str | None]] = {
     "timeout": _timeout,
     "max_pending": _count,
     "batch_size": _count,
+    "in_transaction": _flag,
 }
 _HINTS = {
     "state_ttl": "For example timedelta(days=2), or None to keep the state for ever.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fsm_storage.codec import MAX_DEPTH
+
 READ_STATES = """
 SELECT key, CASE WHEN state_expires_at <= statement_timestamp() THEN NULL ELSE state END
 FROM fsm_storage_record WHERE alias = %s AND key = """
@@ -34,6 +36,15 @@ INPUT = {
 }
 _KEY_COLUMNS = "key, bot_id, chat_id, user_id, thread_id, business_connection_id, destiny"
 
+# Nothing is laid over what cannot be read afterwards: no object, or one that another program nested
+# too deep. Five hundred levels take four kilobytes, if they are not compressed; others need no look.
+_READABLE = f"""
+    jsonb_typeof({{data}}) = 'object' AND NOT (
+        (pg_column_size({{data}}) > 3900 OR pg_column_compression({{data}}) IS NOT NULL)
+        AND jsonb_path_exists({{data}}, '$.**{{{{{MAX_DEPTH + 1}}}}}')
+    )
+"""
+
 # `old` locks the rows in the order of their keys; whoever locks in one order cannot deadlock.
 # A row that another process creates meanwhile is met by DO NOTHING, which neither waits for a lock
 # nor overwrites: the write is answered with LOCKED and tried again on the row that is there then.
@@ -56,7 +67,7 @@ WITH input AS (
         CASE
             WHEN i.base IS NOT NULL AND i.over IS NOT NULL THEN i.base::jsonb || i.over::jsonb
             WHEN i.base IS NOT NULL THEN i.base::jsonb
-            WHEN jsonb_typeof(o.live_data) <> 'object' AND i.over IS NOT NULL THEN NULL
+            WHEN i.over IS NOT NULL AND NOT ({readable}) THEN NULL
             WHEN i.over IS NOT NULL THEN coalesce(o.live_data, '{{}}') || i.over::jsonb
             WHEN i.renews_data THEN coalesce(o.live_data, '{{}}')
             ELSE coalesce(o.data, '{{}}')
@@ -137,6 +148,7 @@ def _write_sql(history: str, *, wait: bool) -> str:
         names=names,
         arrays=arrays,
         key_columns=_KEY_COLUMNS,
+        readable=_READABLE.format(data="o.live_data"),
         skip="" if wait else "SKIP LOCKED",
         history=note,
     )
@@ -177,7 +189,8 @@ LONE_MERGE = (
     data = CASE WHEN r.data_expires_at <= statement_timestamp() THEN '{}' ELSE r.data END || excluded.data,
     data_expires_at = excluded.data_expires_at""",
     )
-    + "WHERE jsonb_typeof(r.data) = 'object'"
+    + "WHERE "
+    + _READABLE.format(data="r.data")
 )
 LONE_RETURNING = "RETURNING r.version"
 LONE_MERGE_RETURNING = "RETURNING r.version, r.data::text"

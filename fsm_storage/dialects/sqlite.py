@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from fsm_storage.codec import is_json
 from fsm_storage.dialects import Plan, Read, ReadReply, Rows, Scope, Statement, Write, WriteReply, Written
 from fsm_storage.exceptions import CorruptData, VersionConflict
 from fsm_storage.patches import EMPTY, KEEP, Content, Seconds, apply
@@ -214,12 +215,12 @@ class _Work:
         now, full = self.clock.now, self.scope.history == "full"
         before, after = old.live_state(now), new.live_state(now)
         if write.patch.state is not KEEP and old.state is not None and before is None:
-            data = old.live_data(now) if full else None
+            data = _valid(old.live_data(now)) if full else None
             at = self.clock.write(old.state_expires_at)
             self._add_transition(write, old.state, None, at, ("expiry", ""), data, data)
         data_before, data_after = old.live_data(now), new.live_data(now)
         if before != after or (full and data_before != data_after):
-            kept = (data_before, data_after) if full else (None, None)
+            kept = (_valid(data_before), _valid(data_after)) if full else (None, None)
             self._add_transition(write, before, after, self.clock.text, self.scope.cause, *kept)
 
     def _add_transition(
@@ -321,6 +322,11 @@ class SQLite:
         return "no such table" in message or "no such column" in message or "has no column" in message
 
 
+def _valid(text: str) -> str | None:
+    """Return `text`, or None if it is no JSON, which the history's column does not take."""
+    return text if is_json(text) else None
+
+
 def _for_keys(keys: list[str]) -> tuple[_Sql, str]:
     return (_LONE, keys[0]) if len(keys) == 1 else (_BATCH, _json(keys))
 
@@ -331,13 +337,13 @@ def _ids(rows: Rows) -> str:
 
 def _state_expiry(row: tuple[Any, ...], scope: Scope) -> tuple[Any, ...]:
     _, key, bot_id, chat_id, user_id, state, data, at = row
-    kept = data if scope.history == "full" else None
+    kept = _valid(data) if scope.history == "full" else None
     return (scope.alias, key, bot_id, chat_id, user_id, state, None, at, "expiry", "", kept, kept)
 
 
 def _data_expiry(row: tuple[Any, ...], scope: Scope) -> tuple[Any, ...]:
     _, key, bot_id, chat_id, user_id, state, data, at = row
-    return (scope.alias, key, bot_id, chat_id, user_id, state, state, at, "expiry", "", data, EMPTY)
+    return (scope.alias, key, bot_id, chat_id, user_id, state, state, at, "expiry", "", _valid(data), EMPTY)
 
 
 dialect = SQLite()

@@ -295,9 +295,13 @@ async def test_broken_data_is_a_clear_error_and_set_data_repairs_it(
     sql = f"SELECT {column} FROM fsm_storage_record WHERE chat_id = 3"
     raw = await in_thread(execute, database, sql)
 
-    for read in (storage.get_data(chat(3)), storage.get_value(chat(3), "n"), storage.update_data(chat(3), {"m": 1})):
+    for call in (
+        lambda: storage.get_data(chat(3)),
+        lambda: storage.get_value(chat(3), "n"),
+        lambda: storage.update_data(chat(3), {"m": 1}),
+    ):
         with pytest.raises(CorruptData, match="1:3:3") as error:
-            await read
+            await call()
         assert error.value.key == "1:3:3"
     # The update that raised wrote nothing.
     assert await in_thread(execute, database, sql) == raw

@@ -262,8 +262,12 @@ def test_a_loop_that_was_closed_does_no_harm(make, commit):
     commit.go.clear()
     asyncio.run(abandon())
     commit.go.set()
+
+    async def ask(n):
+        return await batcher.submit(("a", n))
+
     for n in range(20):
-        assert asyncio.run(batcher.submit(("a", n))) == n
+        assert asyncio.run(ask(n)) == n
     assert len(batcher._lanes) <= 2
 
 

@@ -1,0 +1,124 @@
+"""Databases that are not migrated, and migrations under a running bot."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiogram.fsm.storage.base import StorageKey
+from django.core.management import call_command
+from django.db import connections
+
+from fsm_storage import DjangoStorage
+from fsm_storage.exceptions import NotMigrated
+from fsm_storage.models import FSMRecord
+from tests.database.conftest import another_database
+from tests.rows import execute, in_thread
+from tests.servers import Postgres
+
+
+def chat(number: int) -> StorageKey:
+    return StorageKey(bot_id=1, chat_id=number, user_id=number)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def fresh(request: pytest.FixtureRequest, tmp_path: Path, django_db_setup: None, django_db_blocker: Any) -> Any:
+    """A database in which nothing was migrated."""
+    with django_db_blocker.unblock():
+        if request.param == "sqlite":
+            with another_database("fresh", "default", NAME=str(tmp_path / "fresh.sqlite3")) as alias:
+                yield alias
+        else:
+            server: Postgres = request.getfixturevalue("own_postgres")
+            with another_database("postgres_", "postgres", HOST=server.host, NAME="postgres") as alias:
+                execute(alias, "DROP DATABASE IF EXISTS fresh")
+                execute(alias, "CREATE DATABASE fresh")
+            with another_database("fresh", "postgres", HOST=server.host, NAME="fresh") as alias:
+                yield alias
+
+
+async def test_an_unmigrated_database_is_named_with_what_to_do(fresh: str) -> None:
+    storage = DjangoStorage(fresh, database=fresh)
+    for call in (
+        lambda: storage.get_state(chat(1)),
+        lambda: storage.set_state(chat(1), "a"),
+        lambda: storage.get_data(chat(1)),
+        lambda: storage.update_data(chat(1), {"a": 1}),
+        lambda: in_thread(storage.sweep),
+    ):
+        with pytest.raises(NotMigrated, match=r"migrate fsm_storage --database fresh"):
+            await call()
+    outcomes = await asyncio.gather(*(storage.set_state(chat(n), "a") for n in range(5)), return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {NotMigrated}
+
+    # And the storage goes on as soon as it is migrated.
+    await in_thread(call_command, "migrate", "fsm_storage", database=fresh, verbosity=0)
+    await storage.set_state(chat(1), "a")
+    assert await storage.get_state(chat(1)) == "a"
+    await storage.close()
+
+
+async def test_an_additive_migration_fails_no_call(storage: DjangoStorage, database: str) -> None:
+    """The old code goes on, on the new table."""
+    goes_on = True
+    count = 0
+
+    async def talk(n: int) -> None:
+        nonlocal count
+        while goes_on:
+            count += 1
+            await storage.set_state(chat(n), f"s{count}")
+            await storage.update_data(chat(n), {"count": count})
+            await storage.get_state(chat(n))
+            await storage.get_data(chat(n))
+            await asyncio.sleep(0.001)
+
+    async def wait_for_more() -> None:
+        goal = count + 60
+        async with asyncio.timeout(10):
+            while count < goal:
+                await asyncio.sleep(0.005)
+
+    tasks = [asyncio.create_task(talk(n)) for n in range(6)]
+    try:
+        await wait_for_more()
+        for table in ("fsm_storage_record", "fsm_storage_transition"):
+            await in_thread(execute, database, f"ALTER TABLE {table} ADD COLUMN extra integer NOT NULL DEFAULT 5")
+            await wait_for_more()
+        await in_thread(execute, database, "CREATE INDEX fsm_storage_extra ON fsm_storage_record (extra)")
+        await wait_for_more()
+    finally:
+        goes_on = False
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        await in_thread(execute, database, "DROP INDEX IF EXISTS fsm_storage_extra")
+        for table in ("fsm_storage_record", "fsm_storage_transition"):
+            await in_thread(execute, database, f"ALTER TABLE {table} DROP COLUMN extra")
+    assert outcomes == [None] * 6
+    assert await storage.get_state(chat(0)) is not None
+
+
+def test_constraints_and_indexes_have_our_names(database: str) -> None:
+    connection = connections[database]
+    with connection.cursor() as cursor:
+        found = connection.introspection.get_constraints(cursor, FSMRecord._meta.db_table)
+    named = {name for name in found if name.startswith("fsm_storage_record_")}
+    assert {
+        "fsm_storage_record_key",
+        "fsm_storage_record_chat",
+        "fsm_storage_record_user",
+        "fsm_storage_record_updated",
+        "fsm_storage_record_state",
+        "fsm_storage_record_state_exp",
+        "fsm_storage_record_data_exp",
+    } <= named
+
+
+def test_there_is_one_record_for_an_alias_and_a_key(database: str) -> None:
+    from django.db import IntegrityError, transaction
+
+    values = {"alias": "a", "key": "k", "bot_id": 1, "chat_id": 1, "user_id": 1, "version": 1}
+    FSMRecord.objects.using(database).create(**values)
+    with pytest.raises(IntegrityError), transaction.atomic(using=database):
+        FSMRecord.objects.using(database).create(**values)
