@@ -48,16 +48,22 @@ class _Lane:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
         self.loop, self.timeout = loop, timeout
-        # In the order of their deadlines, because the timeout is the same for all.
         self.waiting: dict[asyncio.Future[Any], float] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
 
     def expect(self, deadline: float) -> asyncio.Future[Any]:
         future = self.loop.create_future()
         self.waiting[future] = deadline
-        if self._timer is None:
-            self._timer = self.loop.call_later(self.timeout, self._expire)
+        if self._timer is None or deadline < self._due:
+            self._set_timer(deadline)
         return future
+
+    def _set_timer(self, due: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = due
+        self._timer = self.loop.call_later(max(0.0, due - time.monotonic()), self._expire)
 
     def deliver(self, replies: list[tuple[asyncio.Future[Any], Any]]) -> None:
         for future, reply in replies:
@@ -74,8 +80,7 @@ class _Lane:
         now = time.monotonic()
         for future, deadline in list(self.waiting.items()):
             if deadline > now:
-                self._timer = self.loop.call_later(deadline - now, self._expire)
-                return
+                continue
             del self.waiting[future]
             if not future.done():
                 future.set_exception(
@@ -84,6 +89,8 @@ class _Lane:
                     )
                 )
         self._timer = None
+        if self.waiting:
+            self._set_timer(min(self.waiting.values()))
 
 
 # An operation on its way: itself, who waits for it, until when. A plain tuple, because there are
@@ -115,10 +122,7 @@ class Batcher(Generic[Op, Reply]):
         self._timeout, self._max_pending, self._batch_size = timeout, max_pending, batch_size
         self.closed = False
         self._start()
-        # The child of a fork has neither the thread nor the loops that wait for it.
-        reset = weakref.WeakMethod(self._start)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=lambda: (start := reset()) and start())
+        _batchers.add(self)
 
     def _start(self) -> None:
         self._lock = threading.Lock()
@@ -313,6 +317,19 @@ class Batcher(Generic[Op, Reply]):
         self._attempts[item[2]] = attempts + 1
         delay = min(0.001 * 2**attempts, 0.05) * random.uniform(0.5, 1.5)  # noqa: S311 - jitter
         self._put_off.append((time.monotonic() + delay, item))
+
+
+_batchers: weakref.WeakSet[Batcher[Any, Any]] = weakref.WeakSet()
+
+
+def _start_anew() -> None:
+    """In the child of a fork: it has neither the threads nor the loops that wait for them."""
+    for batcher in list(_batchers):
+        batcher._start()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
 
 
 def _call(lane: _Lane, function: Callable[..., None], argument: Any) -> None:

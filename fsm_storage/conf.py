@@ -105,6 +105,8 @@ class StorageHandler(BaseConnectionHandler):  # type: ignore[type-arg] # generic
             raise InvalidStorageError(
                 f"FSM_STORAGES[{alias!r}]['BACKEND']: {entry['BACKEND']!r} cannot be imported: {error}"
             ) from error
+        if not isinstance(backend, type):
+            raise InvalidStorageError(f"FSM_STORAGES[{alias!r}]['BACKEND']: {entry['BACKEND']!r} is no class")
         return backend, dict(entry.get("OPTIONS", {}))
 
     def editor(self, alias: str) -> Editor:
@@ -117,7 +119,7 @@ class StorageHandler(BaseConnectionHandler):  # type: ignore[type-arg] # generic
         return cast(Editor, storage)
 
     def close_all(self) -> None:
-        """Finish and close every storage that was made. Synchronous."""
+        """Finish and close every storage that was made and can be closed from synchronous code."""
         with self._lock:
             storages, self._storages = self._storages, {}
         for storage in storages.values():
@@ -134,7 +136,17 @@ class StorageHandler(BaseConnectionHandler):  # type: ignore[type-arg] # generic
 
 def takes_alias(backend: type) -> bool:
     """Say whether a storage wants to know its alias; aiogram's own do not."""
-    return "alias" in inspect.signature(backend).parameters
+    return "alias" in parameters(backend)
+
+
+def parameters(backend: type) -> list[str]:
+    """Return the names that the constructors of a class and of its bases take, *args and **kwargs aside."""
+    names: dict[str, None] = {}
+    for base in backend.__mro__:
+        if "__init__" in vars(base) and base is not object:
+            found = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+            names.update({p.name: None for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)})
+    return list(names)
 
 
 storages = StorageHandler()

@@ -49,6 +49,4 @@ class Sweeper:
                 return
             total += swept
             yield total
-            if max(swept) < self.batch_size:
-                return
             time.sleep(min(time.monotonic() - began, 1.0))

@@ -297,7 +297,8 @@ class FSMRecord(models.Model):
         """
         from fsm_storage.conf import storages
 
-        storages.editor(self.alias).edit(
+        editor = storages.editor(self.alias)
+        editor.edit(
             [self],
             state=state,
             data=data,
@@ -307,14 +308,14 @@ class FSMRecord(models.Model):
             by=by,
             source=source,
         )
-        self._load_anew()
+        self._load_anew(getattr(editor, "database", None) or self._state.db)
 
-    def _load_anew(self) -> None:
+    def _load_anew(self, using: str | None) -> None:
         """Load this key's record: another row than before, if the sweep had deleted that one."""
-        found = type(self)._base_manager.using(self._state.db).filter(alias=self.alias, key=self.key)
+        found = type(self)._base_manager.using(using).filter(alias=self.alias, key=self.key)
         self.pk = found.values_list("pk", flat=True).first()
         if self.pk is not None:
-            self.refresh_from_db()
+            self.refresh_from_db(using=using)
         else:  # there was nothing, and nothing was written
             self.state, self.data = None, {}
             self.state_expires_at = self.data_expires_at = None

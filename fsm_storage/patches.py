@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from datetime import timedelta
 from enum import Enum
@@ -42,10 +41,10 @@ def ttl_seconds(ttl: timedelta | float | None) -> Seconds | None:
         return None
     if isinstance(ttl, bool) or not isinstance(ttl, int | float | timedelta):
         raise TypeError(f"must be seconds or a timedelta, not {type(ttl).__name__}")
-    seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else float(ttl)
-    if not math.isfinite(seconds) or not 0 < seconds <= MAX_TTL.total_seconds():
+    seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
+    if not 0 < seconds <= MAX_TTL.total_seconds():  # no NaN is, either
         raise ValueError(f"must be above 0 and at most 100 years (None is for ever), not {ttl!r}")
-    return seconds
+    return float(seconds)
 
 
 class Patch(NamedTuple):

@@ -53,7 +53,9 @@ def database(request: pytest.FixtureRequest) -> str:
 def postgres_server() -> Iterator[Postgres]:
     """The PostgreSQL of the database "postgres". Not to be stopped: see `own_postgres`."""
     server = Postgres(django_settings.TEST_DIR / "pg")
-    server.configure(fsync="off")  # what a killed server wrote survives all the same; a power cut is not tested
+    server.configure(
+        fsync="off"
+    )  # what a killed server wrote survives all the same; a power cut is not tested
     django_settings.DATABASES["postgres"]["HOST"] = server.host
     yield server
     server.remove()

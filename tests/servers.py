@@ -101,9 +101,7 @@ def child_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     }
 
 
-def start_child(
-    module: str, *arguments: str, env: Mapping[str, str] | None = None
-) -> subprocess.Popen[str]:
+def start_child(module: str, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """Start `python -m module` on the databases of the tests, with its output on a pipe."""
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-m", module, *arguments],

@@ -29,7 +29,7 @@ IS_CHILD = "FSM_TEST_DIR" in os.environ
 # Short, because a socket's path has 107 bytes at the most, and `conftest` removes it at the end.
 TEST_DIR = Path(os.environ.get("FSM_TEST_DIR") or tempfile.mkdtemp(prefix="fsm"))
 
-SECRET_KEY = "only-for-tests"  # noqa: S105
+SECRET_KEY = "only-for-tests"
 DEBUG = False
 ALLOWED_HOSTS = ["*"]
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]

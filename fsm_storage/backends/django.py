@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar, cast
@@ -139,17 +141,24 @@ class DjangoStorage(BaseStorage):
 
     async def close(self) -> None:
         """Finish what was accepted, for `timeout` seconds at the most, and refuse what comes later."""
-        self.closed = True
-        for batcher in {self._reads, self._writes} - {None}:
-            await cast("Batcher[Any, Any]", batcher).close()
+        threads = self._shut_all()
+        if threads:
+            await asyncio.get_running_loop().run_in_executor(None, self._join, threads)
 
     def shut(self) -> None:
         """Do what `close()` does, from synchronous code."""
+        self._join(self._shut_all())
+
+    def _shut_all(self) -> list[threading.Thread]:
         self.closed = True
-        for batcher in {self._reads, self._writes} - {None}:
-            thread = cast("Batcher[Any, Any]", batcher).shut()
-            if thread is not None and thread is not threading.current_thread():
-                thread.join(self._limits["timeout"])
+        batchers = dict.fromkeys(batcher for batcher in (self._reads, self._writes) if batcher)
+        return [thread for batcher in batchers if (thread := batcher.shut())]
+
+    def _join(self, threads: Sequence[threading.Thread]) -> None:
+        deadline = time.monotonic() + self._limits["timeout"]
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def edit(
         self,
@@ -175,7 +184,7 @@ class DjangoStorage(BaseStorage):
             for record in records
         ]
         state_rule, data_rule = _edit_ttl(state_ttl, self._state_ttl), _edit_ttl(data_ttl, self._data_ttl)
-        versions: Sequence[int | None] = if_versions or [None] * len(records)
+        versions: Sequence[int | None] = [None] * len(records) if if_versions is None else if_versions
         writes = [
             Write(record.key, record.storage_key, patch, state_rule, data_rule, version)
             for record, patch, version in zip(records, patches, versions, strict=True)
@@ -294,4 +303,4 @@ def _loaded(option: Any, *, called: bool = False) -> Any:
     if not isinstance(option, str):
         return option
     found = import_string(option)
-    return found() if called else found
+    return found() if called and isinstance(found, type) else found

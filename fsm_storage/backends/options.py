@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import math
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,22 +13,23 @@ from django.core.checks import CheckMessage, Error
 from django.db import connections
 from django.utils.module_loading import import_string
 
+from fsm_storage.conf import parameters
 from fsm_storage.dialects import dialect_for
 from fsm_storage.exceptions import InvalidStorageError
-from fsm_storage.keys import MAX_ALIAS_LENGTH
+from fsm_storage.keys import MAX_ALIAS_LENGTH, text_flaw
 from fsm_storage.patches import ttl_seconds
 
 
 def checked_options(alias: str, options: Mapping[str, Any]) -> None:
     """Raise `InvalidStorageError` for the first option that is wrong."""
     for name, problem, _ in _problems(alias, options):
-        raise InvalidStorageError(f"storage {_name(alias)}: {name} {problem}")
+        raise InvalidStorageError(f"storage {alias!r}: {name} {problem}")
 
 
 def check_options(backend: type, alias: str, options: Mapping[str, Any]) -> list[CheckMessage]:
     """Return the system-check messages for the `OPTIONS` of one alias."""
     where = f"FSM_STORAGES[{alias!r}]"
-    known = [name for name in inspect.signature(backend).parameters if name != "alias"]
+    known = [name for name in parameters(backend) if name != "alias"]
     messages: list[CheckMessage] = [
         Error(
             f"{where}['OPTIONS'] has {name!r}, which {backend.__name__} does not take.",
@@ -46,17 +46,16 @@ def check_options(backend: type, alias: str, options: Mapping[str, Any]) -> list
     return messages + _check_database(where, options.get("database", "default"))
 
 
+OLDEST_SQLITE = (3, 35, 0)  # UPDATE … FROM is of 3.33, RETURNING of 3.35
 _CODES = {"state_ttl": "E004", "data_ttl": "E004"}
-
-
-def _name(alias: object) -> str:
-    return repr(alias)
 
 
 def _problems(alias: object, options: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield name, problem and hint of each option that is wrong."""
     if not isinstance(alias, str) or not 0 < len(alias) <= MAX_ALIAS_LENGTH:
         yield "alias", f"must be a text of 1 to {MAX_ALIAS_LENGTH} characters, not {alias!r}", "Shorten it."
+    elif flaw := text_flaw(alias):
+        yield "alias", flaw, "Use plain letters."
     for name, is_wrong in _RULES.items():
         if name in options:
             problem = is_wrong(options[name])
@@ -79,7 +78,7 @@ def _history(value: Any) -> str | None:
 
 def _timeout(value: Any) -> str | None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and math.isfinite(value) and 0 < value <= 3600:
+    if is_number and 0 < value <= 3600:
         return None
     return f"must be seconds, above 0 and at most 3600, not {value!r}"
 
@@ -188,6 +187,12 @@ def _check_sqlite(database: str, vendor: str) -> Iterator[CheckMessage]:
     """Warn where the web process would fail with "database is locked" beside the bot."""
     if vendor != "sqlite":
         return
+    if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+        yield Error(
+            f"SQLite is {sqlite3.sqlite_version}, which DjangoStorage cannot use.",
+            hint="It needs SQLite 3.35 or newer, or PostgreSQL.",
+            id="fsm_storage.E006",
+        )
     options = connections[database].settings_dict["OPTIONS"]
     missing = []
     if (options.get("transaction_mode") or "").upper() not in ("IMMEDIATE", "EXCLUSIVE"):

@@ -139,7 +139,7 @@ class Session:
         try:
             return self._retried(prepared, deadline)
         except FSMStorageError as error:
-            return [error] * len(ops)
+            return [self._copy(error) for _ in ops]
         except Error as error:
             if len(ops) == 1:
                 return [_refused(ops[0].key, self.database, error)]
@@ -162,11 +162,13 @@ class Session:
         But one without CONN_MAX_AGE is kept while there is work: a batch is no request.
         """
         connection = unit.connection
-        if unit.is_nested:
+        if connection.in_atomic_block:
             return
-        if connection.settings_dict["CONN_MAX_AGE"]:
+        if connection.settings_dict["CONN_MAX_AGE"] and connection.settings_dict["AUTOCOMMIT"]:
             connection.close_if_unusable_or_obsolete()
         connection.ensure_connection()
+        if not connection.autocommit:  # a project's setting; nobody would commit here
+            connection.set_autocommit(True)
         if getattr(self._thread, "connection", None) is not connection.connection:
             if unit.dialect.prepares and self._may_prepare(connection):
                 connection.connection.prepare_threshold = 0
@@ -177,10 +179,9 @@ class Session:
     def _may_prepare(self, connection: BaseDatabaseWrapper) -> bool:
         """Prepared statements belong to a server connection, which a pooler may swap: these settings say so."""
         settings = connection.settings_dict
-        has_own_rule = "prepare_threshold" in settings["OPTIONS"] or settings.get(
-            "DISABLE_SERVER_SIDE_CURSORS"
-        )
-        return not has_own_rule and not self._is_pooled
+        options = settings["OPTIONS"]
+        has_own_rule = "prepare_threshold" in options or settings.get("DISABLE_SERVER_SIDE_CURSORS")
+        return not (has_own_rule or options.get("pool") or self._is_pooled)
 
     def _write(self, unit: _Unit, writes: Sequence[Write], scope: Scope) -> list[WriteReply]:
         lone = len(writes) == 1 and writes[0].key not in self._contended
@@ -189,9 +190,20 @@ class Session:
         try:
             return unit.run(plan) if commits_itself else unit.run_in_transaction(plan)
         except OperationalError as error:
-            if lone and unit.dialect.is_lock_timeout(*_facts(error)):
-                return [LOCKED]
-            raise
+            if not unit.dialect.is_lock_timeout(*_facts(error)):
+                raise
+        if len(writes) == 1:
+            return [LOCKED]
+        return [reply for write in writes for reply in self._write(unit, [write], scope)]
+
+    def _copy(self, error: FSMStorageError) -> Exception:
+        """Return an error of its own for each caller; one that several raise would mix their tracebacks."""
+        cause = error.__cause__
+        if not isinstance(cause, Error):
+            return error
+        copy = self._translate(cause)
+        copy.__cause__ = cause
+        return copy
 
     def _until_done(
         self, unit: _Unit, writes: Sequence[Write], scope: Scope, deadline: float
@@ -216,15 +228,16 @@ class Session:
 
     def _may_retry(self, unit: _Unit, error: Error, deadline: float, attempt: int) -> bool:
         """Say whether to try again, after waiting a little."""
-        code, _ = _facts(error)
+        code, message = _facts(error)
         self._is_pooled = self._is_pooled or unit.dialect.is_pooled(code)
         is_useless = (
             unit.dialect.has_stale_plan(code) or unit.dialect.is_pooled(code) or unit.is_broken(error)
         )
         if is_useless and not unit.is_nested:
             self.release()
-        if not isinstance(error, InterfaceError) and not (
-            isinstance(error, DatabaseError) and unit.dialect.is_transient(*_facts(error))
+        may_pass = isinstance(error, InterfaceError | OperationalError) or code is not None
+        if not may_pass or not (
+            isinstance(error, InterfaceError) or unit.dialect.is_transient(code, message)
         ):
             return False
         delay = min(0.01 * 2**attempt, 0.25) * random.uniform(0.5, 1.5)  # noqa: S311 - jitter
@@ -248,9 +261,14 @@ class _Unit:
 
     def __init__(self, connection: BaseDatabaseWrapper, dialect: Dialect) -> None:
         self.connection, self.dialect = connection, dialect
-        self.is_nested = connection.in_atomic_block
         self._is_watched = bool(connection.execute_wrappers) or connection.queries_logged
         self._cursor: Any = None
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether somebody else's transaction is open, who will commit it."""
+        connection = self.connection
+        return connection.in_atomic_block or (connection.connection is not None and not connection.autocommit)
 
     def execute(self, sql: str, params: Any = ()) -> Rows:
         if self._cursor is None:
@@ -281,10 +299,10 @@ class _Unit:
     @contextmanager
     def transaction(self, wait: float | None = None) -> Iterator[None]:
         """A transaction that may write; within another one, a savepoint. `wait`: seconds for a locked row."""
-        begin = self.dialect.write_begin
-        if begin is None or self.is_nested:
+        begin, is_outermost = self.dialect.write_begin, not self.is_nested
+        if begin is None or not is_outermost:
             with transaction.atomic(using=self.connection.alias):
-                if wait is not None and not self.is_nested:
+                if wait is not None and is_outermost:
                     for sql in self.dialect.lock_limits(wait):
                         self.execute(sql)
                 yield

@@ -102,8 +102,8 @@ class Dialect(Protocol):
         """Apply patches to different keys; write the transitions. A constant number of statements.
 
         Rows are locked in the order of their keys. Without `wait`, a row that another transaction
-        holds is left out and answered with `LOCKED`, where the database can tell. With `lone`, a
-        single write may take a shorter way, on which it waits a moment for such a row.
+        holds is left out and answered with `LOCKED`, where the database can tell; the statement waits
+        a moment at the most. With `lone`, a single write may take a shorter way.
         """
 
     def sweep(self, scope: Scope, limit: int) -> Plan[tuple[int, int, int]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
+from fsm_storage.codec import outside_strings
 from fsm_storage.dialects import (
     LOCKED,
     Plan,
@@ -28,8 +29,8 @@ from fsm_storage.patches import EMPTY, KEEP, Patch
 # each transaction another connection, which does not have what was prepared, or has it already.
 _TRANSIENT = re.compile(r"40001|40P01|55P03|57P0[1-5]|53300|08...|25006|0A000|26000|42P05")
 
-_STRING_OR_EXPONENT = re.compile(r'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?[eE]\+?\d{1,3}(?!\d)')
 _HAS_EXPONENT = re.compile(r"\d[eE]\+?\d")
+_EXPONENT = re.compile(r"-?\d+(?:\.\d+)?[eE]\+?\d{1,3}(?!\d)")
 
 
 def exact(text: str) -> str:
@@ -40,14 +41,19 @@ def exact(text: str) -> str:
     """
     if not _HAS_EXPONENT.search(text):
         return text
-    return _STRING_OR_EXPONENT.sub(_without_exponent, text)
-
-
-def _without_exponent(match: re.Match[str]) -> str:
-    text = match[0]
-    if text.startswith('"'):
+    pieces = outside_strings(text)
+    if not any(_HAS_EXPONENT.search(piece) for piece in pieces[::2]):
         return text
-    plain = format(Decimal(text), "f")
+    whole, place = [], 0
+    for index, piece in enumerate(pieces):
+        original = text[place : place + len(piece)]
+        whole.append(original if index % 2 else _EXPONENT.sub(_written_out, original))
+        place += len(piece) + 1
+    return '"'.join(whole)
+
+
+def _written_out(match: re.Match[str]) -> str:
+    plain = format(Decimal(match[0]), "f")
     return plain if "." in plain else f"{plain}.0"
 
 
@@ -134,7 +140,7 @@ class PostgreSQL:
         return ()
 
     def lock_limits(self, timeout: float) -> Sequence[str]:
-        return (f"SET LOCAL lock_timeout = {int(timeout * 1000)}",)
+        return (f"SET LOCAL lock_timeout = {max(1, int(timeout * 1000))}",)
 
     def is_lock_timeout(self, code: str | None, message: str) -> bool:
         return code == "55P03"

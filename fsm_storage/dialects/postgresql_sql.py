@@ -46,12 +46,14 @@ _READABLE = f"""
 """
 
 # `old` locks the rows in the order of their keys; whoever locks in one order cannot deadlock.
-# A row that another process creates meanwhile is met by DO NOTHING, which neither waits for a lock
-# nor overwrites: the write is answered with LOCKED and tried again on the row that is there then.
+# A row that is locked is skipped, and then looks as if it were missing; NOT EXISTS keeps the insert
+# away from it, which would wait. The write is answered with LOCKED and tried again later. The same
+# goes for a row that another process creates meanwhile, but while that one's transaction is open
+# even DO NOTHING waits, for a tenth of a second at the most. The worker thread must stay free.
 # Data that a write leaves alone is not passed through, so that large values stay in TOAST.
 _WRITE = """
 WITH input AS (
-    SELECT {names} FROM unnest({arrays}) AS i({names})
+    SELECT {names} FROM {limit}unnest({arrays}) AS i({names})
 ), old AS (
     SELECT id, key, version, state, data, state_expires_at, data_expires_at,
         CASE WHEN state_expires_at <= statement_timestamp() THEN NULL ELSE state END AS live_state,
@@ -104,7 +106,7 @@ WITH input AS (
         version, created_at, updated_at)
     SELECT %(alias)s, {key_columns}, new_state, new_data, new_state_expires_at, new_data_expires_at,
         (extract(epoch FROM statement_timestamp()) * 1000000)::bigint, statement_timestamp(), statement_timestamp()
-    FROM new WHERE id IS NULL AND NOT is_nothing AND NOT is_stale
+    FROM new WHERE id IS NULL AND NOT is_nothing AND NOT is_stale{not_skipped}
     ORDER BY key
     ON CONFLICT DO NOTHING
     RETURNING key, version
@@ -135,6 +137,11 @@ _BEFORE = "coalesce(n.live_data, '{}')"
 _AFTER = f"CASE WHEN n.touches_data THEN n.new_data ELSE {_BEFORE} END"
 
 
+_LOCK_LIMIT = "set_config('lock_timeout', '100', true)"
+_NOT_SKIPPED = """
+        AND NOT EXISTS (SELECT FROM fsm_storage_record e WHERE e.alias = %(alias)s AND e.key = new.key)"""
+
+
 def _write_sql(history: str, *, wait: bool) -> str:
     names = ", ".join(INPUT)
     arrays = ", ".join(f"%({name})s::{type_}[]" for name, type_ in INPUT.items())
@@ -150,6 +157,8 @@ def _write_sql(history: str, *, wait: bool) -> str:
         key_columns=_KEY_COLUMNS,
         readable=_READABLE.format(data="o.live_data"),
         skip="" if wait else "SKIP LOCKED",
+        limit="" if wait else f"{_LOCK_LIMIT}, ",
+        not_skipped="" if wait else _NOT_SKIPPED,
         history=note,
     )
 
@@ -162,14 +171,13 @@ WRITES = {
 
 # A lone write needs no lock before its upsert, which is half of the cost. It waits for a locked row
 # for a tenth of a second at most: the worker thread must stay free for everybody else.
-_LONE_TIMEOUT_MS = 100
 _LONE = f"""
 INSERT INTO fsm_storage_record AS r (alias, {_KEY_COLUMNS}, state, data, state_expires_at, data_expires_at,
     version, created_at, updated_at)
 SELECT %(alias)s, %(key)s, %(bot_id)s, %(chat_id)s, %(user_id)s, %(thread_id)s::bigint,
     %(business_connection_id)s, %(destiny)s, {{insert}},
     (extract(epoch FROM statement_timestamp()) * 1000000)::bigint, statement_timestamp(), statement_timestamp()
-FROM set_config('lock_timeout', '{_LONE_TIMEOUT_MS}', true)
+FROM {_LOCK_LIMIT}
 ON CONFLICT (alias, key) DO UPDATE SET {{update}},
     version = r.version + 1, updated_at = excluded.updated_at
 """
@@ -201,11 +209,11 @@ WITH old AS MATERIALIZED (
     FROM fsm_storage_record WHERE alias = %(alias)s AND key = %(key)s
 ), done AS (
     {LONE_STATE} WHERE r.version = (SELECT version FROM old)
-    RETURNING r.version
+    RETURNING r.version, r.xmax = 0 AS is_new
 ), history AS (
     INSERT INTO fsm_storage_transition (alias, key, bot_id, chat_id, user_id, from_state, to_state, at, source, actor)
     SELECT %(alias)s, %(key)s, %(bot_id)s, %(chat_id)s, %(user_id)s, t.from_state, t.to_state, t.at, t.source, t.actor
-    FROM done LEFT JOIN old o ON true CROSS JOIN LATERAL (
+    FROM done LEFT JOIN old o ON NOT done.is_new CROSS JOIN LATERAL (
         SELECT o.state AS from_state, NULL AS to_state, o.state_expires_at AS at, 'expiry' AS source, '' AS actor
         WHERE o.state IS NOT NULL AND o.live_state IS NULL
         UNION ALL

@@ -214,12 +214,13 @@ class _Work:
         """Note the transitions: of an expiry that nobody swept before it was overwritten, then the change."""
         now, full = self.clock.now, self.scope.history == "full"
         before, after = old.live_state(now), new.live_state(now)
-        if write.patch.state is not KEEP and old.state is not None and before is None:
+        touches_state = write.patch.state is not KEEP or write.state_ttl.renew
+        if touches_state and old.state is not None and before is None:
             data = _valid(old.live_data(now)) if full else None
             at = self.clock.write(old.state_expires_at)
             self._add_transition(write, old.state, None, at, ("expiry", ""), data, data)
         data_before, data_after = old.live_data(now), new.live_data(now)
-        if before != after or (full and data_before != data_after):
+        if before != after or (full and _differ(data_before, data_after)):
             kept = (_valid(data_before), _valid(data_after)) if full else (None, None)
             self._add_transition(write, before, after, self.clock.text, self.scope.cause, *kept)
 
@@ -325,6 +326,11 @@ class SQLite:
 def _valid(text: str) -> str | None:
     """Return `text`, or None if it is no JSON, which the history's column does not take."""
     return text if is_json(text) else None
+
+
+def _differ(one: str, other: str) -> bool:
+    """Say whether two texts of data differ by more than the order of keys or the way a number is written."""
+    return one != other and not (is_json(one) and is_json(other) and json.loads(one) == json.loads(other))
 
 
 def _for_keys(keys: list[str]) -> tuple[_Sql, str]:

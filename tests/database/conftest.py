@@ -177,5 +177,3 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError("it did not happen")
         time.sleep(0.005)
-
-

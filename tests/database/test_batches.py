@@ -196,9 +196,7 @@ def no_json(data: Any) -> str:
     return json.dumps(data).replace("9999", "1e999999")
 
 
-async def test_what_only_the_database_refuses_fails_alone(
-    make_storage: Make, statements: Statements
-) -> None:
+async def test_what_only_the_database_refuses_fails_alone(make_storage: Make, statements: Statements) -> None:
     """It takes the whole batch with it at first; the others are then carried out again."""
     storage = make_storage(json_dumps=no_json)
     await storage.set_data(chat(3), {"old": 1})

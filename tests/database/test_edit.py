@@ -186,7 +186,9 @@ def test_an_edit_does_not_wake_what_expired(make_storage: Make, database: str, k
     assert asyncio.run(storage.get_data(key)) == {"m": 2}
 
 
-def test_an_edit_in_a_transaction_goes_with_it(storage: DjangoStorage, database: str, key: StorageKey) -> None:
+def test_an_edit_in_a_transaction_goes_with_it(
+    storage: DjangoStorage, database: str, key: StorageKey
+) -> None:
     write(storage, key)
 
     class Undone(Exception):
@@ -255,7 +257,9 @@ def test_edits_and_a_bot_lose_nothing_of_one_another(
 
     async def bot() -> None:
         for n in range(60):
-            await asyncio.gather(storage.update_data(key, {f"f{n}": n}), storage.update_data(key, {f"g{n}": n}))
+            await asyncio.gather(
+                storage.update_data(key, {f"f{n}": n}), storage.update_data(key, {f"g{n}": n})
+            )
 
     try:
         asyncio.run(bot())
@@ -313,12 +317,8 @@ def test_a_queryset_edit_can_extend_the_time(make_storage: Make, database: str) 
     assert len(transitions(database)) == 7
 
 
-def test_a_record_gives_back_its_key_and_a_context(
-    storage: DjangoStorage, database: str
-) -> None:
-    key = StorageKey(
-        bot_id=1, chat_id=-5, user_id=7, thread_id=0, business_connection_id="a:b", destiny="é "
-    )
+def test_a_record_gives_back_its_key_and_a_context(storage: DjangoStorage, database: str) -> None:
+    key = StorageKey(bot_id=1, chat_id=-5, user_id=7, thread_id=0, business_connection_id="a:b", destiny="é ")
     write(storage, key)
     row = record(database)
     assert row.storage_key == key

@@ -104,7 +104,9 @@ async def test_the_bots_clock_does_not_matter(
             assert abs(row.updated_at - real_now()) < timedelta(seconds=20)
 
 
-async def test_two_bots_agree_about_what_has_expired(make_storage: Make, database: str, key: StorageKey) -> None:
+async def test_two_bots_agree_about_what_has_expired(
+    make_storage: Make, database: str, key: StorageKey
+) -> None:
     one, other = make_storage(state_ttl=100), make_storage(state_ttl=7)
     await one.set_state(key, "a")
     await pass_time(one, 50)
@@ -262,7 +264,9 @@ async def test_sweepers_at_the_same_time_do_each_record_once(make_storage: Make,
     assert len(await in_thread(transitions, database, source="expiry")) == 80
 
 
-async def test_the_sweep_leaves_other_aliases_alone(make_storage: Make, database: str, key: StorageKey) -> None:
+async def test_the_sweep_leaves_other_aliases_alone(
+    make_storage: Make, database: str, key: StorageKey
+) -> None:
     other = make_storage(alias="other", state_ttl=100)
     own = make_storage(state_ttl=100)
     await other.set_state(key, "a")

@@ -46,7 +46,9 @@ def in_threads(*functions: Callable[[], None]) -> None:
         raise errors[0]
 
 
-def test_two_loops_in_two_threads_share_a_storage(storage: DjangoStorage, database: str, key: StorageKey) -> None:
+def test_two_loops_in_two_threads_share_a_storage(
+    storage: DjangoStorage, database: str, key: StorageKey
+) -> None:
     def work(who: str) -> Callable[[], None]:
         async def main() -> None:
             await asyncio.gather(*(storage.update_data(key, {f"{who}{n}": n}) for n in range(100)))
@@ -113,7 +115,7 @@ async def test_a_thousand_tasks_share_a_few_connections(
 
 
 async def test_cancelled_callers_leave_nothing_open(storage: DjangoStorage, database: str) -> None:
-    choose = random.Random(5)  # noqa: S311
+    choose = random.Random(5)
 
     async def write(n: int) -> None:
         await storage.set_data(chat(n), {"a": 1, "b": 1})
@@ -227,7 +229,9 @@ async def test_closing_ends_the_threads(storage: DjangoStorage, database: str, k
     await storage.get_data(key)
     assert [thread for thread in threading.enumerate() if thread.name.startswith(f"fsm_storage {database}")]
     await storage.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(f"fsm_storage {database}")]
+    assert not [
+        thread for thread in threading.enumerate() if thread.name.startswith(f"fsm_storage {database}")
+    ]
 
 
 async def test_the_handler_makes_a_closed_storage_anew(database: str, key: StorageKey) -> None:

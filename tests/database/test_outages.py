@@ -271,9 +271,7 @@ async def test_a_deadlock_with_somebody_else_is_survived(storage: DjangoStorage,
 
     def interfere() -> int:
         rounds = 0
-        with psycopg.connect(
-            host=settings["HOST"], user=settings["USER"], dbname=settings["NAME"]
-        ) as other:
+        with psycopg.connect(host=settings["HOST"], user=settings["USER"], dbname=settings["NAME"]) as other:
             while not ends.is_set():
                 try:
                     for number in (5, 3, 1, 0):

@@ -52,11 +52,18 @@ def filled(database: str) -> Iterator[str]:
         later = f"now() + interval '{hour} seconds'"
     for part in ("state_expires_at", "data_expires_at"):
         with connections[database].cursor() as cursor:
-            cursor.execute(f"UPDATE fsm_storage_record SET {part} = {later} WHERE {part} IS NOT NULL AND id % 100 > 0")
+            cursor.execute(
+                f"UPDATE fsm_storage_record SET {part} = {later} WHERE {part} IS NOT NULL AND id % 100 > 0"
+            )
     FSMTransition.objects.using(database).bulk_create(
         [
             FSMTransition(
-                alias=database, key=build(key), bot_id=1, chat_id=key.chat_id, user_id=key.user_id, to_state=state
+                alias=database,
+                key=build(key),
+                bot_id=1,
+                chat_id=key.chat_id,
+                user_id=key.user_id,
+                to_state=state,
             )
             for key in keys
             for state in ("a", "b")

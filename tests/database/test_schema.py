@@ -24,7 +24,9 @@ def chat(number: int) -> StorageKey:
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-def fresh(request: pytest.FixtureRequest, tmp_path: Path, django_db_setup: None, django_db_blocker: Any) -> Any:
+def fresh(
+    request: pytest.FixtureRequest, tmp_path: Path, django_db_setup: None, django_db_blocker: Any
+) -> Any:
     """A database in which nothing was migrated."""
     with django_db_blocker.unblock():
         if request.param == "sqlite":
@@ -50,7 +52,9 @@ async def test_an_unmigrated_database_is_named_with_what_to_do(fresh: str) -> No
     ):
         with pytest.raises(NotMigrated, match=r"migrate fsm_storage --database fresh"):
             await call()
-    outcomes = await asyncio.gather(*(storage.set_state(chat(n), "a") for n in range(5)), return_exceptions=True)
+    outcomes = await asyncio.gather(
+        *(storage.set_state(chat(n), "a") for n in range(5)), return_exceptions=True
+    )
     assert {type(outcome) for outcome in outcomes} == {NotMigrated}
 
     # And the storage goes on as soon as it is migrated.
@@ -85,7 +89,9 @@ async def test_an_additive_migration_fails_no_call(storage: DjangoStorage, datab
     try:
         await wait_for_more()
         for table in ("fsm_storage_record", "fsm_storage_transition"):
-            await in_thread(execute, database, f"ALTER TABLE {table} ADD COLUMN extra integer NOT NULL DEFAULT 5")
+            await in_thread(
+                execute, database, f"ALTER TABLE {table} ADD COLUMN extra integer NOT NULL DEFAULT 5"
+            )
             await wait_for_more()
         await in_thread(execute, database, "CREATE INDEX fsm_storage_extra ON fsm_storage_record (extra)")
         await wait_for_more()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from datetime import timedelta
 from collections.abc import Coroutine
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -25,7 +25,6 @@ from hypothesis.stateful import (
 from fsm_storage import DjangoStorage, storages
 from fsm_storage.models import FSMRecord, FSMTransition
 
-
 KEYS = [
     StorageKey(1, 10, 10),
     StorageKey(1, 10, 11),
@@ -37,7 +36,11 @@ keys = st.sampled_from(KEYS)
 states = st.sampled_from([None, "", "a", "b", "Form:name"])
 names = st.sampled_from(["x", "y", "z", "é"])
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text("aé🛒'\"\\%", max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text("aé🛒'\"\\%", max_size=5),
     lambda children: st.lists(children, max_size=3) | st.dictionaries(names, children, max_size=3),
     max_leaves=5,
 )
@@ -95,7 +98,9 @@ class Machine(RuleBasedStateMachine):
         batch_size=st.sampled_from([1, 2, 256]),
     )
     def open(self, state_ttl: Any, data_ttl: Any, history: Any, batch_size: int) -> None:
-        self.alias = f"{self.database}-{next(self.numbers)}"  # records of its own, so no table need be cleared
+        self.alias = (
+            f"{self.database}-{next(self.numbers)}"  # records of its own, so no table need be cleared
+        )
         self.history = history
         self.storage = DjangoStorage(
             self.alias, database=self.database, state_ttl=state_ttl, data_ttl=data_ttl, history=history,
@@ -139,7 +144,12 @@ class Machine(RuleBasedStateMachine):
     def write_together(self, writes: list[tuple[StorageKey, str, str | None, dict[str, Any]]]) -> None:
         """At most one write of each part of each key, so that their order makes no difference."""
         for storage in (self.storage, self.oracle):
-            self.run(*(getattr(storage, name)(key, state if name == "set_state" else data) for key, name, state, data in writes))
+            self.run(
+                *(
+                    getattr(storage, name)(key, state if name == "set_state" else data)
+                    for key, name, state, data in writes
+                )
+            )
 
     @rule(key=keys, patches=st.lists(data, min_size=2, max_size=5))
     def merge_in_one_go(self, key: StorageKey, patches: list[dict[str, Any]]) -> None:
@@ -167,7 +177,9 @@ class Machine(RuleBasedStateMachine):
         record = self.rows.with_key(key).first()
         if record is None:
             return
-        changes = {"state": {"state": state}, "data": {"data": data}, "both": {"state": state, "data": data}}[which]
+        changes = {"state": {"state": state}, "data": {"data": data}, "both": {"state": state, "data": data}}[
+            which
+        ]
         record.edit(**changes, if_version=record.version)
         if "state" in changes:
             before = self.run(self.oracle.memory.get_state(key))[0]

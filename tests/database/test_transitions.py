@@ -54,9 +54,7 @@ async def test_a_batch_notes_what_lone_writes_note(storage: DjangoStorage, datab
         ]
 
 
-async def test_a_transition_knows_its_record_and_when(
-    storage: DjangoStorage, database: str
-) -> None:
+async def test_a_transition_knows_its_record_and_when(storage: DjangoStorage, database: str) -> None:
     await storage.set_state(chat(1), "a")
     await asyncio.gather(*(storage.set_state(chat(n), "b") for n in range(3)))
     rows = await in_thread(lambda: list(FSMTransition.objects.using(database).filter(chat_id=1)))
@@ -83,7 +81,9 @@ async def test_full_history_keeps_the_data_before_and_after(
     await storage.set_state(key, "b")
     await storage.set_data(key, {})
     fields = ("from_state", "to_state", "data_before", "data_after")
-    assert await in_thread(lambda: list(FSMTransition.objects.using(database).order_by("id").values_list(*fields))) == [
+    assert await in_thread(
+        lambda: list(FSMTransition.objects.using(database).order_by("id").values_list(*fields))
+    ) == [
         (None, "a", {}, {}),
         ("a", "a", {}, {"n": 1}),
         ("a", "a", {"n": 1}, {"n": 1, "m": 2}),
@@ -110,7 +110,9 @@ async def test_transitions_outlive_their_record(make_storage: Make, database: st
     assert len(await in_thread(transitions, database)) == 2
 
 
-async def test_the_version_grows_with_every_write(storage: DjangoStorage, database: str, key: StorageKey) -> None:
+async def test_the_version_grows_with_every_write(
+    storage: DjangoStorage, database: str, key: StorageKey
+) -> None:
     versions = []
     for write in (
         lambda: storage.set_state(key, "a"),

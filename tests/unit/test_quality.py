@@ -1,0 +1,37 @@
+"""What is true of the code as a whole, and can be said without a linter (see `make lint`)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from io import StringIO
+
+import pytest
+from django.core.management import call_command
+
+from tests.loop_watch import watched_loop
+
+
+@pytest.mark.django_db
+def test_the_migrations_say_what_the_models_say() -> None:
+    call_command("makemigrations", "--check", "--dry-run", stdout=StringIO())
+
+
+@pytest.mark.django_db
+def test_the_example_project_passes_djangos_checks() -> None:
+    call_command("check", "--fail-level", "WARNING", stdout=StringIO(), stderr=StringIO())
+
+
+@pytest.mark.loop_gap(10)
+async def test_the_watch_sees_a_loop_that_stands_still() -> None:
+    async with watched_loop() as watch:
+        await asyncio.sleep(0.05)
+        time.sleep(0.3)
+    assert watch.longest > 0.2
+
+
+@pytest.mark.loop_gap(10)
+async def test_the_watch_sees_no_gap_in_a_loop_that_waits() -> None:
+    async with watched_loop() as watch:
+        await asyncio.sleep(0.3)
+    assert watch.longest < 0.25
