@@ -31,6 +31,7 @@ def run(cell: Cell, places: Places) -> dict[str, Any]:
     if contender.is_ours or cell.contender.startswith("orm"):
         prepare_django(places, contender.synchronous)
     gc.collect()
+    gc.freeze()  # as project/bot.py does, for every contender
     return asyncio.run(_measure(cell, places))
 
 
