@@ -194,10 +194,14 @@ def test_an_edit_in_a_transaction_goes_with_it(
     class Undone(Exception):
         pass
 
-    with pytest.raises(Undone), transaction.atomic(using=database):
-        record(database).edit(state="b", by=User())
-        assert record(database).state == "b"
-        raise Undone
+    def edit_and_fail() -> None:
+        with transaction.atomic(using=database):
+            record(database).edit(state="b", by=User())
+            assert record(database).state == "b"
+            raise Undone
+
+    with pytest.raises(Undone):
+        edit_and_fail()
     assert record(database).state == "a"
     assert transitions(database, source="admin") == []
     with transaction.atomic(using=database):

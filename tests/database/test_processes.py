@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_what_a_killed_process_was_told_is_written_is_there(
             steps = int(row.state[1:])
             chain = [None, *(f"s{n}" for n in range(1, steps + 1))]
             assert transitions(database, key=row.key) == [
-                (before, after, "bot", "") for before, after in zip(chain, chain[1:], strict=False)
+                (before, after, "bot", "") for before, after in pairwise(chain)
             ]
 
 

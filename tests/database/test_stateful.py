@@ -202,12 +202,15 @@ class Machine(RuleBasedStateMachine):
             assert ours == theirs
 
     def teardown(self) -> None:
-        if hasattr(self, "storage"):
+        if not hasattr(self, "storage"):
+            self.runner.close()
+            return
+        try:
             self.check_history()
+        finally:
             self.run(self.storage.close())
-            storages.settings.pop(self.alias, None)
-            del storages[self.alias]
-        self.runner.close()
+            del storages.settings[self.alias], storages[self.alias]
+            self.runner.close()
 
     def check_history(self) -> None:
         """Each transition begins where the one before it ended, and the last one ends at the state."""
@@ -216,12 +219,14 @@ class Machine(RuleBasedStateMachine):
             if self.history == "off":
                 assert steps == []
                 continue
+            if self.history == "full":
+                # A change of data says what the bot saw then, which may be an expiry that is noted later.
+                steps = [step for step in steps if step.from_state != step.to_state]
             at: str | None = None
             for step in steps:
                 assert step.from_state == at
                 at = step.to_state
-                if self.history == "states":
-                    assert step.from_state != step.to_state
+                assert step.from_state != step.to_state
             assert at == row.state
 
 

@@ -114,10 +114,9 @@ async def test_nesting_of_500_levels(storage: DjangoStorage) -> None:
 
 
 async def test_keys_that_are_no_strings_become_what_json_makes_of_them(storage: DjangoStorage) -> None:
-    await storage.set_data(chat(1), {"map": {1: "a", True: "b", None: "c", 2.5: "d"}} | {})
-    assert await storage.get_data(chat(1)) == json.loads(
-        json.dumps({"map": {1: "a", True: "b", None: "c", 2.5: "d"}})
-    )
+    data = {"map": {5: "a", True: "b", None: "c", 2.5: "d"}}
+    await storage.set_data(chat(1), data)
+    assert await storage.get_data(chat(1)) == json.loads(json.dumps(data))
 
 
 class Types(json.JSONEncoder):
