@@ -241,8 +241,9 @@ async def test_a_row_that_somebody_holds_delays_no_other(
         stuck = asyncio.create_task(storage.update_data(chat(3), {"new": 3}))
         await asyncio.sleep(0.05)
         began = time.monotonic()
-        others = [storage.update_data(chat(n), {"new": n}) for n in range(10) if n != 3]
-        await asyncio.gather(*others)
+        for _ in range(15):
+            others = [storage.update_data(chat(n), {"new": n}) for n in range(10) if n != 3]
+            await asyncio.gather(*others)
         assert time.monotonic() - began < 1
         assert not stuck.done()
         await in_thread(other.rollback)
@@ -293,7 +294,7 @@ async def test_a_deadlock_with_somebody_else_is_survived(storage: DjangoStorage,
             assert all(data[f"f{n}"] == n for data in merged)
     finally:
         ends.set()
-    assert await rounds >= 2
+    assert await rounds >= 1
     for key in keys:
         assert await storage.get_data(key) == {"n": 0, **{f"f{n}": n for n in range(12)}}
 

@@ -74,9 +74,12 @@ def filled(database: str) -> Iterator[str]:
     connections[database].close()
 
 
-def flaw(plan: str, index: str, table: str = "fsm_storage_record") -> str | None:
-    """Return the plan if it does not use the index, or walks through the whole table."""
-    walks = re.search(rf"Seq Scan on {table}\b|SCAN {table}\b(?! USING)", plan)
+def flaw(plan: str, index: str, table: str = "fsm_storage_record", *, in_order: bool = False) -> str | None:
+    """Return the plan if it does not use the index, or walks through the whole table.
+
+    `in_order`: a walk along the index is what a page of the newest needs.
+    """
+    walks = re.search(rf"Seq Scan on {table}\b|SCAN {table}\b" + (r"(?! USING)" if in_order else ""), plan)
     return plan if walks or not re.search(index, plan) else None
 
 
@@ -104,7 +107,10 @@ def questions(database: str) -> dict[str, tuple[QuerySet[Any], str]]:
 
 
 def test_no_question_walks_through_the_table(filled: str) -> None:
-    plans = {what: flaw(query.explain(), index) for what, (query, index) in questions(filled).items()}
+    plans = {
+        what: flaw(query.explain(), index, in_order="newest" in what)
+        for what, (query, index) in questions(filled).items()
+    }
     assert {what: plan for what, plan in plans.items() if plan} == {}
     record = FSMRecord.objects.using(filled).first()
     timeline = FSMTransition.objects.using(filled).of(record)[:50].explain()

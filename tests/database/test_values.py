@@ -299,8 +299,8 @@ BROKEN = {
     "null": "null",
     "text": '"text"',
     "number": "5",
-    "deep": '{"a": ' + "[" * 3000 + "]" * 3000 + "}",
 }
+DEEP = '{"a": ' + "[" * 3000 + "]" * 3000 + "}"
 ONLY_SQLITE_BROKEN = {
     "no JSON": "{'a': 1}",
     "cut": '{"a": ',
@@ -357,6 +357,34 @@ async def test_broken_data_is_a_clear_error_and_set_data_repairs_it(
     assert [n for n, data in enumerate(outcomes) if data == {"n": n, "m": n}] == [0, 1, 2, 4, 5]
     # The state of the record can be read and set.
     assert await storage.get_state(chat(3)) == "s3"
+    await storage.set_state(chat(3), "s4")
+    await storage.set_data(chat(3), {"whole": True})
+    assert await storage.get_data(chat(3)) == {"whole": True}
+    assert await storage.update_data(chat(3), {"again": 1}) == {"whole": True, "again": 1}
+
+
+@pytest.mark.parametrize("history", ["states", "full"])
+async def test_deep_data_is_read_whole_or_is_a_clear_error(
+    make_storage: Make, database: str, history: str
+) -> None:
+    """How deep Python can read depends on its version; 3.11 cannot read this."""
+    storage = make_storage(history=history)
+    await storage.set_state(chat(3), "s3")
+    await storage.set_data(chat(3), {"n": 3})
+    await in_thread(break_data, database, DEEP)
+    column = "data" if database == "default" else "data::text"
+    sql = f"SELECT {column} FROM fsm_storage_record WHERE chat_id = 3"
+    raw = await in_thread(execute, database, sql)
+    try:
+        assert "a" in await storage.get_data(chat(3))
+    except CorruptData as error:
+        assert error.key == "1:3:3"
+    try:
+        assert (await storage.update_data(chat(3), {"m": 1}))["m"] == 1
+    except CorruptData:
+        assert await in_thread(execute, database, sql) == raw
+    else:
+        assert await in_thread(execute, database, sql) != raw
     await storage.set_state(chat(3), "s4")
     await storage.set_data(chat(3), {"whole": True})
     assert await storage.get_data(chat(3)) == {"whole": True}
