@@ -90,6 +90,8 @@ class Codec:
         Raises `CorruptData` if `base` is no object.
         """
         data = self.decode(base, key)
+        if _is_deep(base):  # some Pythons read it; no database takes it back
+            raise CorruptData(key, f"nested deeper than {MAX_DEPTH} levels")
         for text in over:
             data.update(self._loads(text))
         if self._is_default:
@@ -125,7 +127,7 @@ class Codec:
             raise InvalidData(
                 "", f"takes {len(text)} characters of JSON, over the limit of {MAX_LENGTH}", key
             )
-        if text.count("{") + text.count("[") > MAX_DEPTH and _depth(text) > MAX_DEPTH:
+        if _is_deep(text):
             raise InvalidData("", f"is nested deeper than {MAX_DEPTH} levels", key)
         # Both show up as escapes, or as text that UTF-8 cannot carry; only then look closer.
         if "\\u0000" in text or "\\ud" in text or "\\uD" in text or (not text.isascii() and text_flaw(text)):
@@ -161,6 +163,10 @@ def is_json(text: str) -> bool:
 def outside_strings(text: str) -> list[str]:
     """Cut JSON `text` at its quotation marks: the strings are at the odd places."""
     return text.replace("\\\\", "\\_").replace('\\"', "\\_").split('"')
+
+
+def _is_deep(text: str) -> bool:
+    return text.count("{") + text.count("[") > MAX_DEPTH and _depth(text) > MAX_DEPTH
 
 
 def _depth(text: str) -> int:
