@@ -152,12 +152,12 @@ def _loads(text: str) -> Any:
 
 
 def is_json(text: str) -> bool:
-    """Say whether `text` is JSON that can be read."""
+    """Say whether `text` is JSON that every database and Python can read."""
     try:
         _loads(text)
     except (ValueError, RecursionError):
         return False
-    return True
+    return not _is_deep(text)
 
 
 def outside_strings(text: str) -> list[str]:

@@ -377,8 +377,11 @@ async def test_deep_data_is_read_whole_or_is_a_clear_error(
     raw = await in_thread(execute, database, sql)
     try:
         assert "a" in await storage.get_data(chat(3))
-    except CorruptData as error:
-        assert error.key == "1:3:3"
+    except CorruptData as refused:
+        named = refused.key
+    else:
+        named = "1:3:3"
+    assert named == "1:3:3"
     try:
         assert (await storage.update_data(chat(3), {"m": 1}))["m"] == 1
     except CorruptData:
