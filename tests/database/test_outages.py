@@ -270,8 +270,10 @@ async def test_a_deadlock_with_somebody_else_is_survived(storage: DjangoStorage,
     ends = threading.Event()
     settings = connections[database].settings_dict
 
-    def interfere() -> int:
-        rounds = 0
+    rounds = 0
+
+    def interfere() -> None:
+        nonlocal rounds
         with psycopg.connect(host=settings["HOST"], user=settings["USER"], dbname=settings["NAME"]) as other:
             while not ends.is_set():
                 try:
@@ -285,18 +287,19 @@ async def test_a_deadlock_with_somebody_else_is_survived(storage: DjangoStorage,
                 other.rollback()
                 rounds += 1
                 time.sleep(0.01)
-        return rounds
 
-    rounds = asyncio.create_task(asyncio.to_thread(interfere))
+    interfering = asyncio.create_task(asyncio.to_thread(interfere))
+    n = 0
     try:
-        for n in range(12):
+        while n < 12 or rounds < 2:
             merged = await asyncio.gather(*(storage.update_data(key, {f"f{n}": n}) for key in keys))
             assert all(data[f"f{n}"] == n for data in merged)
+            n += 1
     finally:
         ends.set()
-    assert await rounds >= 1
+        await interfering
     for key in keys:
-        assert await storage.get_data(key) == {"n": 0, **{f"f{n}": n for n in range(12)}}
+        assert await storage.get_data(key) == {"n": 0, **{f"f{number}": number for number in range(n)}}
 
 
 async def test_a_change_and_its_transition_go_together(storage: DjangoStorage, database: str) -> None:
