@@ -6,6 +6,7 @@ import functools
 import gc
 import inspect
 import shutil
+import signal
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from importlib import import_module
@@ -31,6 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # As its entry point does once the package is installed.
     if not config.pluginmanager.has_plugin("fsm_storage"):
         config.pluginmanager.register(import_module("fsm_storage.pytest_plugin"), "fsm_storage")
+    # Or a session that is ended from outside would leave its servers running.
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", 128 + signal.SIGTERM))
 
 
 def on(alias: str) -> Any:
