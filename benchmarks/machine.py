@@ -42,6 +42,7 @@ def machine() -> list[tuple[str, str]]:
         ("Cores", str(len(os.sched_getaffinity(0)))),
         ("Memory", _memory()),
         ("System", f"{_system()}, Linux {platform.release().split('-')[0]}"),
+        ("Priority", f"nice {os.nice(0)}, all contenders alike"),
         ("Load at the start", f"{os.getloadavg()[0]:.1f} (one-minute average)"),
     ]
 

@@ -58,15 +58,13 @@ class Codec:
         if not data:
             return EMPTY
         try:
-            text = self._dumps(data) if self._is_default else self._dumps_custom(data, key)
+            text = _dumps(data) if self._is_default else self._dumps_custom(data, key)
         except RecursionError as error:
             raise InvalidData("", f"is nested deeper than {MAX_DEPTH} levels", key) from error
         except (TypeError, ValueError) as error:
             if not self._is_default:
                 raise
             text = self._encode_mixed(data, key, error)
-        if isinstance(text, bytes):
-            text = text.decode()
         self._check(text, key)
         return text
 
@@ -96,14 +94,12 @@ class Codec:
             data.update(self._loads(text))
         if self._is_default:
             return _dumps_again(data), data
-        text_or_bytes = self._dumps(data)
-        return text_or_bytes.decode() if isinstance(text_or_bytes, bytes) else text_or_bytes, data
+        return _as_text(self._dumps(data)), data
 
     def _dumps_custom(self, data: dict[str, Any], key: str) -> str:
         for path, reason, _ in _flaws(data, only_keys=True):
             raise InvalidData(path, reason, key)
-        raw = self._dumps(data)
-        text = raw.decode() if isinstance(raw, bytes) else raw
+        text = _as_text(self._dumps(data))
         try:
             decoded = _loads(text)
         except ValueError as error:
@@ -133,6 +129,11 @@ class Codec:
         if "\\u0000" in text or "\\ud" in text or "\\uD" in text or (not text.isascii() and text_flaw(text)):
             for path, reason, _ in _flaws(json.loads(text)):
                 raise InvalidData(path, reason, key)
+
+
+def _as_text(dumped: str | bytes) -> str:
+    """Return what `dumps` made as text; orjson and its like make bytes."""
+    return dumped.decode() if isinstance(dumped, bytes) else dumped
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -229,16 +229,15 @@ class Session:
     def _may_retry(self, unit: _Unit, error: Error, deadline: float, attempt: int) -> bool:
         """Say whether to try again, after waiting a little."""
         code, message = _facts(error)
-        self._is_pooled = self._is_pooled or unit.dialect.is_pooled(code)
-        is_useless = (
-            unit.dialect.has_stale_plan(code) or unit.dialect.is_pooled(code) or unit.is_broken(error)
-        )
+        is_pooled = unit.dialect.is_pooled(code)
+        self._is_pooled = self._is_pooled or is_pooled
+        is_useless = is_pooled or unit.dialect.has_stale_plan(code) or unit.is_broken(error)
         if is_useless and not unit.is_nested:
             self.release()
-        may_pass = isinstance(error, InterfaceError | OperationalError) or code is not None
-        if not may_pass or not (
-            isinstance(error, InterfaceError) or unit.dialect.is_transient(code, message)
-        ):
+        # Without a code, only the class tells a fault of the moment from one of the operation.
+        may_pass = isinstance(error, OperationalError) or code is not None
+        is_transient = may_pass and unit.dialect.is_transient(code, message)
+        if not isinstance(error, InterfaceError) and not is_transient:
             return False
         delay = min(0.01 * 2**attempt, 0.25) * random.uniform(0.5, 1.5)  # noqa: S311 - jitter
         if time.monotonic() + delay > deadline - GIVE_UP_SHARE * self.timeout:

@@ -214,12 +214,12 @@ class _Work:
         """Note the transitions: of an expiry that nobody swept before it was overwritten, then the change."""
         now, full = self.clock.now, self.scope.history == "full"
         before, after = old.live_state(now), new.live_state(now)
+        data_before, data_after = old.live_data(now), new.live_data(now)
         touches_state = write.patch.state is not KEEP or write.state_ttl.renew
         if touches_state and old.state is not None and before is None:
-            data = _valid(old.live_data(now)) if full else None
+            data = _valid(data_before) if full else None
             at = self.clock.write(old.state_expires_at)
             self._add_transition(write, old.state, None, at, ("expiry", ""), data, data)
-        data_before, data_after = old.live_data(now), new.live_data(now)
         if before != after or (full and _differ(data_before, data_after)):
             kept = (_valid(data_before), _valid(data_after)) if full else (None, None)
             self._add_transition(write, before, after, self.clock.text, self.scope.cause, *kept)
