@@ -13,7 +13,14 @@ from django.db.models.functions import Now
 from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
-from fsm_storage.keys import MAX_ACTOR_LENGTH, MAX_ALIAS_LENGTH, MAX_KEY_LENGTH, MAX_STATE_LENGTH
+from fsm_storage.keys import (
+    MAX_ACTOR_LENGTH,
+    MAX_ALIAS_LENGTH,
+    MAX_KEY_LENGTH,
+    MAX_NAME_LENGTH,
+    MAX_OWNER_LENGTH,
+    MAX_STATE_LENGTH,
+)
 from fsm_storage.patches import KEEP, Keep
 
 if TYPE_CHECKING:
@@ -341,6 +348,9 @@ class FSMTransition(models.Model):
         ADMIN = "admin", _("admin")
         EXPIRY = "expiry", _("expiry")
         IMPORT = "import", _("import")
+        MIGRATION = "migration", _("migration")
+        MOVE = "move", _("chat moved")
+        MIRROR = "mirror", _("mirror")
 
     alias = models.CharField(_("storage"), max_length=MAX_ALIAS_LENGTH)
     key = models.CharField(_("key"), max_length=MAX_KEY_LENGTH)
@@ -367,3 +377,53 @@ class FSMTransition(models.Model):
 
     def __str__(self) -> str:
         return f"{self.key}: {self.from_state} → {self.to_state}"
+
+
+class FSMLease(models.Model):
+    """The right to work on a key, held by one owner until it gives it back or the time is up.
+
+    There is a row for each key that is held now, and for one whose holder died until it is swept.
+    `token` only grows, over all holders of a key: whoever has a smaller one has lost the lease.
+    """
+
+    alias = models.CharField(_("storage"), max_length=MAX_ALIAS_LENGTH)
+    key = models.CharField(_("key"), max_length=MAX_KEY_LENGTH)
+    owner = models.CharField(_("owner"), max_length=MAX_OWNER_LENGTH)
+    token = models.BigIntegerField(_("token"))
+    expires_at = models.DateTimeField(_("expires at"))
+
+    class Meta:
+        db_table = "fsm_storage_lease"
+        verbose_name = _("lease")
+        verbose_name_plural = _("leases")
+        default_permissions = ("view",)
+        constraints = [
+            models.UniqueConstraint(fields=["alias", "key"], name="fsm_storage_lease_key"),
+        ]
+
+    def __str__(self) -> str:
+        return self.key
+
+
+class FSMPeer(models.Model):
+    """What a chat or a user is called. Telegram's ids of chats and of users never meet."""
+
+    peer_id = models.BigIntegerField(_("id"), primary_key=True)
+    title = models.CharField(_("title"), max_length=MAX_NAME_LENGTH, blank=True, default="", db_default="")
+    username = models.CharField(
+        _("user name"), max_length=MAX_NAME_LENGTH, blank=True, default="", db_default=""
+    )
+    updated_at = models.DateTimeField(_("last change"), db_default=Now())
+
+    class Meta:
+        db_table = "fsm_storage_peer"
+        verbose_name = _("name")
+        verbose_name_plural = _("names")
+        default_permissions = ("view",)
+        indexes = [
+            models.Index(fields=["username"], name="fsm_storage_peer_username"),
+            models.Index(fields=["title"], name="fsm_storage_peer_title"),
+        ]
+
+    def __str__(self) -> str:
+        return self.title or self.username or str(self.peer_id)
