@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from typing import Any, NamedTuple
 
-from fsm_storage.codec import is_json
-from fsm_storage.dialects import Plan, Read, ReadReply, Rows, Scope, Statement, Write, WriteReply, Written
-from fsm_storage.exceptions import CorruptData, VersionConflict
-from fsm_storage.patches import EMPTY, KEEP, Content, Seconds, apply
+from fsm_storage.dialects import Plan, Read, ReadReply, Rows, Scope, Statement, Write, WriteReply
+from fsm_storage.dialects.rows import Row, Work, data_expiry, state_expiry
+from fsm_storage.patches import EMPTY
 
 # Django keeps an instant as text in UTC; two such texts compare as the instants do.
 _NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
@@ -108,147 +105,6 @@ WHERE id IN (SELECT value FROM json_each(?))
 _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-class _Row(NamedTuple):
-    now: str
-    id: int | None
-    version: int
-    state: str | None
-    data: str
-    state_expires_at: str | None
-    data_expires_at: str | None
-
-
-class _Clock:
-    """The database's time, and the texts of instants. Most rows of a batch share theirs."""
-
-    def __init__(self, now: str) -> None:
-        self.text = now
-        self.now = _seconds(now)
-        self.version = int(self.now * 1_000_000)
-        self._texts = {self.now: now}
-
-    def write(self, instant: Seconds | None) -> str | None:
-        if instant is None:
-            return None
-        text = self._texts.get(instant)
-        if text is None:
-            text = datetime.fromtimestamp(instant, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
-            self._texts[instant] = text
-        return text
-
-
-def _seconds(text: str) -> Seconds:
-    return datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()
-
-
-class _Work:
-    """Collects the rows to write."""
-
-    def __init__(self, scope: Scope, now: str) -> None:
-        self.scope, self.clock = scope, _Clock(now)
-        self.inserts: list[tuple[Any, ...]] = []
-        self.state_updates: list[tuple[Any, ...]] = []
-        self.updates: list[tuple[Any, ...]] = []
-        self.transitions: list[tuple[Any, ...]] = []
-
-    def add(self, write: Write, row: _Row) -> WriteReply:
-        """Note what `write` does to `row`, and return its reply."""
-        if write.if_version is not None and row.version != write.if_version:
-            return VersionConflict(write.key, write.if_version, row.version if row.id else None)
-        old = (
-            Content()
-            if row.id is None
-            else Content(
-                row.state,
-                row.data,
-                None if row.state_expires_at is None else _seconds(row.state_expires_at),
-                None if row.data_expires_at is None else _seconds(row.data_expires_at),
-            )
-        )
-        merged: dict[str, Any] | None = None
-
-        def fold(base: str, over: tuple[str, ...]) -> str:
-            nonlocal merged
-            text, merged = self.scope.codec.fold(write.key, base, over)
-            return text
-
-        try:
-            new = apply(
-                write.patch,
-                old,
-                self.clock.now,
-                fold=fold,
-                state_ttl=write.state_ttl,
-                data_ttl=write.data_ttl,
-            )
-        except CorruptData as error:
-            return error
-        if row.id is None and new.state is None and new.data == EMPTY:
-            return Written(None, merged=merged)
-        version = self._save(write, row, new)
-        if self.scope.history != "off":
-            self._note(write, old, new)
-        return Written(version, merged=merged)
-
-    def _save(self, write: Write, row: _Row, new: Content) -> int:
-        clock, parts = self.clock, write.parts
-        expiries = clock.write(new.state_expires_at), clock.write(new.data_expires_at)
-        if row.id is None:
-            version = clock.version
-            self.inserts.append(
-                (
-                    self.scope.alias, write.key, parts.bot_id, parts.chat_id, parts.user_id, parts.thread_id,
-                    parts.business_connection_id, parts.destiny, new.state, new.data, *expiries, version,
-                    clock.text, clock.text,
-                )
-            )  # fmt: skip
-            return version
-        version = row.version + 1
-        if new.data is row.data:
-            self.state_updates.append((new.state, *expiries, version, clock.text, row.id))
-        else:
-            self.updates.append((new.state, *expiries, version, clock.text, new.data, row.id))
-        return version
-
-    def _note(self, write: Write, old: Content, new: Content) -> None:
-        """Note the transitions: of an expiry that nobody swept before it was overwritten, then the change."""
-        now, full = self.clock.now, self.scope.history == "full"
-        before, after = old.live_state(now), new.live_state(now)
-        data_before, data_after = old.live_data(now), new.live_data(now)
-        touches_state = write.patch.state is not KEEP or write.state_ttl.renew
-        if touches_state and old.state is not None and before is None:
-            data = _valid(data_before) if full else None
-            at = self.clock.write(old.state_expires_at)
-            self._add_transition(write, old.state, None, at, ("expiry", ""), data, data)
-        if before != after or (full and _differ(data_before, data_after)):
-            kept = (_valid(data_before), _valid(data_after)) if full else (None, None)
-            self._add_transition(write, before, after, self.clock.text, self.scope.cause, *kept)
-
-    def _add_transition(
-        self, write: Write, before: str | None, after: str | None, at: str | None,
-        cause: tuple[str, str], data_before: str | None, data_after: str | None,
-    ) -> None:  # fmt: skip
-        parts = write.parts
-        self.transitions.append(
-            (
-                self.scope.alias, write.key, parts.bot_id, parts.chat_id, parts.user_id, before, after, at,
-                *cause, data_before, data_after,
-            )
-        )  # fmt: skip
-
-    def statements(self) -> Plan[None]:
-        for name, rows in (
-            ("insert", self.inserts),
-            ("update_state", self.state_updates),
-            ("update_all", self.updates),
-            ("transition", self.transitions),
-        ):
-            if len(rows) == 1:
-                yield Statement(getattr(_LONE, name), rows[0])
-            elif rows:
-                yield Statement(getattr(_BATCH, name), (_json(rows),))
-
-
 class SQLite:
     """See `Dialect`."""
 
@@ -273,23 +129,23 @@ class SQLite:
     ) -> Plan[list[WriteReply]]:
         sql, keys = _for_keys([write.key for write in writes])
         rows = yield Statement(sql.select, (keys, scope.alias))
-        work = _Work(scope, rows[0][0])
-        replies = [work.add(write, _Row(*row)) for write, row in zip(writes, rows, strict=True)]
-        yield from work.statements()
+        work = Work(scope, rows[0][0])
+        replies = [work.add(write, Row(*row)) for write, row in zip(writes, rows, strict=True)]
+        yield from _statements(work)
         return replies
 
     def sweep(self, scope: Scope, limit: int) -> Plan[tuple[int, int, int]]:
         states = yield Statement(_EXPIRED_STATES, (scope.alias, limit))
         if states:
             if scope.history != "off":
-                yield Statement(_BATCH.transition, (_json([_state_expiry(row, scope) for row in states]),))
+                yield Statement(_BATCH.transition, (_json([state_expiry(row, scope) for row in states]),))
             yield Statement(_CLEAR_STATES, (_ids(states),))
         data = yield Statement(_EXPIRED_DATA, (scope.alias, limit))
         if not data:
             return len(states), 0, 0
         lost = [row for row in data if row[6] != EMPTY]
         if scope.history == "full" and lost:
-            yield Statement(_BATCH.transition, (_json([_data_expiry(row, scope) for row in lost]),))
+            yield Statement(_BATCH.transition, (_json([data_expiry(row, scope) for row in lost]),))
         deleted = yield Statement(_DELETE_IDLE, (_ids(data),))
         yield Statement(_CLEAR_DATA, (_ids(data),))
         return len(states), len(lost), len(deleted)
@@ -323,14 +179,17 @@ class SQLite:
         return "no such table" in message or "no such column" in message or "has no column" in message
 
 
-def _valid(text: str) -> str | None:
-    """Return `text`, or None if it is no JSON, which the history's column does not take."""
-    return text if is_json(text) else None
-
-
-def _differ(one: str, other: str) -> bool:
-    """Say whether two texts of data differ by more than the order of keys or the way a number is written."""
-    return one != other and not (is_json(one) and is_json(other) and json.loads(one) == json.loads(other))
+def _statements(work: Work) -> Plan[None]:
+    for name, rows in (
+        ("insert", work.inserts),
+        ("update_state", work.state_updates),
+        ("update_all", work.updates),
+        ("transition", work.transitions),
+    ):
+        if len(rows) == 1:
+            yield Statement(getattr(_LONE, name), rows[0])
+        elif rows:
+            yield Statement(getattr(_BATCH, name), (_json(rows),))
 
 
 def _for_keys(keys: list[str]) -> tuple[_Sql, str]:
@@ -339,17 +198,6 @@ def _for_keys(keys: list[str]) -> tuple[_Sql, str]:
 
 def _ids(rows: Rows) -> str:
     return _json([row[0] for row in rows])
-
-
-def _state_expiry(row: tuple[Any, ...], scope: Scope) -> tuple[Any, ...]:
-    _, key, bot_id, chat_id, user_id, state, data, at = row
-    kept = _valid(data) if scope.history == "full" else None
-    return (scope.alias, key, bot_id, chat_id, user_id, state, None, at, "expiry", "", kept, kept)
-
-
-def _data_expiry(row: tuple[Any, ...], scope: Scope) -> tuple[Any, ...]:
-    _, key, bot_id, chat_id, user_id, state, data, at = row
-    return (scope.alias, key, bot_id, chat_id, user_id, state, state, at, "expiry", "", _valid(data), EMPTY)
 
 
 dialect = SQLite()
