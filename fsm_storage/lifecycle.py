@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.models import FSMRecord
+from fsm_storage.rollup import Roller
 
 
 class Swept(NamedTuple):
@@ -40,13 +41,15 @@ class Sweeper:
         return Swept(records.state_expired().count(), records.data_expired().count(), records.idle().count())
 
     def sweep(self) -> Iterator[Swept]:
-        """Sweep until nothing is due; yield the counts so far after each batch."""
+        """Sweep until nothing is due, then count the new transitions; yield the counts after each batch."""
         total = Swept()
         while True:
             began = time.monotonic()
             swept = Swept(*self.storage.sweep(self.batch_size))
             if swept == Swept():
-                return
+                break
             total += swept
             yield total
             time.sleep(min(time.monotonic() - began, 1.0))
+        for _ in Roller(self.storage.database).roll():
+            yield total

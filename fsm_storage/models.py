@@ -22,12 +22,25 @@ from fsm_storage.keys import (
     MAX_STATE_LENGTH,
 )
 from fsm_storage.patches import KEEP, Keep
+from fsm_storage.tallies import FSMHourlyMove, FSMHourlyPath, FSMRollupMark, FSMRun
 
 if TYPE_CHECKING:
     from aiogram import Bot
     from aiogram.fsm.context import FSMContext
     from aiogram.fsm.state import State, StatesGroup
     from aiogram.fsm.storage.base import StorageKey
+
+
+__all__ = [
+    "FSMHourlyMove",
+    "FSMHourlyPath",
+    "FSMLease",
+    "FSMPeer",
+    "FSMRecord",
+    "FSMRollupMark",
+    "FSMRun",
+    "FSMTransition",
+]
 
 
 def _state_is_live() -> Q:

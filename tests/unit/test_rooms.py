@@ -13,7 +13,8 @@ import fsm_storage
 ROOT = Path(fsm_storage.__file__).parent
 PURE = {"exceptions", "patches", "keys", "codec", "dialects"}
 CORE = {*PURE, "batching", "models", "conf"}
-BELOW_ADMIN = {*CORE, "backends", "lifecycle", "discovery"}
+FIGURES = {"tallies", "rollup", "figures"}
+BELOW_ADMIN = {*CORE, *FIGURES, "backends", "lifecycle", "discovery"}
 
 # Each room, and the rooms that it may import. A new room has a line here, or the test fails.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -24,10 +25,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dialects": {"exceptions", "keys", "patches", "codec"},
     "batching": {"exceptions"},
     "conf": {"exceptions"},  # storages are loaded by their dotted paths
-    "models": {"exceptions", "keys", "patches", "conf"},
+    "tallies": {"keys"},
+    "models": {"exceptions", "keys", "patches", "conf", "tallies"},
+    "rollup": {"models", "tallies"},
+    "figures": {"models", "tallies", "rollup", "discovery"},
     "discovery": set(),
     "backends": CORE,
-    "lifecycle": {*CORE, "backends"},
+    "lifecycle": {*CORE, "backends", "rollup"},
     "checks": {*CORE, "backends"},
     "apps": {"checks"},
     "admin": BELOW_ADMIN,
