@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from aiogram.fsm.storage.base import BaseStorage, DefaultKeyBuilder, KeyBuilder, StorageKey
     from aiogram.fsm.storage.memory import MemoryStorage
 
+    from fsm_storage.backends.context import with_ttl
     from fsm_storage.backends.django import DjangoStorage
     from fsm_storage.conf import storages
     from fsm_storage.keys import RecordKeyBuilder
@@ -30,6 +31,7 @@ __all__ = [
     "RecordKeyBuilder",
     "StorageKey",
     "storages",
+    "with_ttl",
 ]
 
 _HOMES = {
@@ -42,6 +44,7 @@ _HOMES = {
     "RecordKeyBuilder": "fsm_storage.keys",
     "StorageKey": "aiogram.fsm.storage.base",
     "storages": "fsm_storage.conf",
+    "with_ttl": "fsm_storage.backends.context",
 }
 
 

@@ -87,6 +87,30 @@ class InvalidStateType(FSMStorageError, TypeError):
         self.state, self.key = state, key
 
 
+class InvalidTtl(FSMStorageError, ValueError):
+    """A time to live that is not above 0 and at most 100 years."""
+
+    def __init__(self, reason: str, key: str | None = None) -> None:
+        super().__init__(f"the ttl{_of(key)} {reason}")
+        self.reason, self.key = reason, key
+
+
+class InvalidTtlType(FSMStorageError, TypeError):
+    """A time to live that is neither seconds nor a timedelta nor None."""
+
+    def __init__(self, reason: str, key: str | None = None) -> None:
+        super().__init__(f"the ttl{_of(key)} {reason}")
+        self.reason, self.key = reason, key
+
+
+class TtlNotSupported(FSMStorageError, TypeError):
+    """A storage that has no time to live for a single write."""
+
+    def __init__(self, storage: str) -> None:
+        super().__init__(f"{storage} takes no ttl for a single write; DjangoStorage does")
+        self.storage = storage
+
+
 class InvalidData(FSMStorageError, ValueError):
     """Data that cannot be kept exactly. `path` leads to the value, as in `cart[2].price`."""
 

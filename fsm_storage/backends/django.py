@@ -6,7 +6,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Mapping, Sequence
-from datetime import timedelta
 from typing import Any, Protocol, TypeVar, cast
 
 from aiogram.fsm.state import State
@@ -15,6 +14,7 @@ from asgiref.sync import sync_to_async
 from django.core.checks import CheckMessage
 from django.utils.module_loading import import_string
 
+from fsm_storage.backends.context import TtlOption, own_ttl
 from fsm_storage.backends.options import check_options, checked_options
 from fsm_storage.backends.session import Session
 from fsm_storage.batching import AGAIN, Batcher, Replies
@@ -30,7 +30,6 @@ from fsm_storage.keys import (
 from fsm_storage.patches import KEEP, Keep, Patch, Ttl, ttl_seconds
 
 T = TypeVar("T")
-TtlOption = timedelta | float | None
 
 
 class Identified(Protocol):
@@ -110,17 +109,24 @@ class DjangoStorage(BaseStorage):
         """System checks of the `OPTIONS` of one alias."""
         return check_options(cls, alias, options)
 
-    async def set_state(self, key: StorageKey, state: StateType = None) -> None:
+    async def set_state(self, key: StorageKey, state: StateType = None, ttl: TtlOption | Keep = KEEP) -> None:
+        """Set the state. `ttl`: how long this state lives, in place of the storage's `state_ttl`; None: for ever.
+
+        A wrong `ttl` raises `InvalidTtl` or `InvalidTtlType`, and nothing is written.
+        """
         text = self._text(key)
-        await self._write(Write(text, key, Patch(_state_text(state, text)), self._state_ttl, self._data_ttl))
+        rule = self._state_ttl if ttl is KEEP else own_ttl(ttl, text)
+        await self._write(Write(text, key, Patch(_state_text(state, text)), rule, self._data_ttl))
 
     async def get_state(self, key: StorageKey) -> str | None:
         return cast("str | None", await self._read(Read(self._text(key))))
 
-    async def set_data(self, key: StorageKey, data: Mapping[str, Any]) -> None:
+    async def set_data(self, key: StorageKey, data: Mapping[str, Any], ttl: TtlOption | Keep = KEEP) -> None:
+        """Replace the data. `ttl`: how long it lives, in place of the storage's `data_ttl`; None: for ever."""
         text = self._text(key)
+        rule = self._data_ttl if ttl is KEEP else own_ttl(ttl, text)
         patch = Patch(data=self.codec.encode(data, text))
-        await self._write(Write(text, key, patch, self._state_ttl, self._data_ttl))
+        await self._write(Write(text, key, patch, self._state_ttl, rule))
 
     async def get_data(self, key: StorageKey) -> dict[str, Any]:
         text = self._text(key)
@@ -132,11 +138,17 @@ class DjangoStorage(BaseStorage):
         data = await self.get_data(storage_key)
         return data.get(dict_key, default)
 
-    async def update_data(self, key: StorageKey, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Lay `data` over what is there, key by key, atomically over all processes; return all of it."""
+    async def update_data(
+        self, key: StorageKey, data: Mapping[str, Any], ttl: TtlOption | Keep = KEEP
+    ) -> dict[str, Any]:
+        """Lay `data` over what is there, key by key, atomically over all processes; return all of it.
+
+        `ttl`: how long the whole data lives from now, in place of the storage's `data_ttl`; None: for ever.
+        """
         text = self._text(key)
+        rule = self._data_ttl if ttl is KEEP else own_ttl(ttl, text)
         patch = Patch(merge=(self.codec.encode(data, text),))
-        written: Written = await self._write(Write(text, key, patch, self._state_ttl, self._data_ttl))
+        written: Written = await self._write(Write(text, key, patch, self._state_ttl, rule))
         return written.merged if written.merged is not None else self.codec.decode(written.text or "", text)
 
     async def close(self) -> None:

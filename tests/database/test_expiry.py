@@ -10,11 +10,13 @@ from datetime import UTC, datetime, timedelta
 from io import StringIO
 
 import pytest
+from aiogram.fsm.context import FSMContext
 from aiogram.fsm.storage.base import StorageKey
 from django.core.management import CommandError, call_command
 from django.utils import timezone
 
-from fsm_storage import DjangoStorage, storages
+from fsm_storage import DjangoStorage, MemoryStorage, storages, with_ttl
+from fsm_storage.exceptions import InvalidTtl, InvalidTtlType, TtlNotSupported
 from fsm_storage.models import FSMRecord
 from tests.rows import in_thread, let_time_pass, record, records, transitions
 
@@ -290,3 +292,77 @@ def test_the_sweep_names_a_wrong_argument(database: str) -> None:
     with pytest.raises(CommandError, match="batch-size"):
         call_command("fsm_sweep", "--batch-size", "0")
     assert storages[database] is not None
+
+
+# A time to live for a single write
+
+
+def lifetime(row: FSMRecord, part: str) -> float | None:
+    expires_at = getattr(row, f"{part}_expires_at")
+    return None if expires_at is None else round((expires_at - row.updated_at).total_seconds())
+
+
+async def test_a_write_may_bring_its_own_ttl(make_storage: Make, database: str) -> None:
+    storage = make_storage(state_ttl=1000, data_ttl=2000)
+    writes = [
+        (lambda key: storage.set_state(key, "a", ttl=30), "state", 30),
+        (lambda key: storage.set_state(key, "a", ttl=timedelta(hours=1)), "state", 3600),
+        (lambda key: storage.set_state(key, "a", ttl=None), "state", None),
+        (lambda key: storage.set_data(key, {"n": 1}, ttl=40), "data", 40),
+        (lambda key: storage.update_data(key, {"n": 1}, ttl=50), "data", 50),
+        (lambda key: storage.update_data(key, {"n": 2}), "data", 2000),
+    ]
+    for number, (write, part, expected) in enumerate(writes):
+        await write(chat(number))
+        row = await in_thread(record, database, chat_id=number)
+        assert lifetime(row, part) == expected
+    # In one batch too, and on records that are there already.
+    await asyncio.gather(*(write(chat(number)) for number, (write, _, _) in enumerate(writes)))
+    for number, (_, part, expected) in enumerate(writes):
+        assert lifetime(await in_thread(record, database, chat_id=number), part) == expected
+    await storage.set_state(chat(0), "b")
+    assert lifetime(await in_thread(record, database, chat_id=0), "state") == 1000
+
+
+@pytest.mark.parametrize("ttl", [0, -1, float("nan"), float("inf"), timedelta(0), timedelta.max], ids=str)
+async def test_a_wrong_ttl_of_a_write_is_refused(
+    storage: DjangoStorage, key: StorageKey, ttl: object
+) -> None:
+    await storage.set_state(key, "old")
+    await storage.set_data(key, {"old": 1})
+    for write in (
+        lambda: storage.set_state(key, "new", ttl=ttl),  # type: ignore[arg-type]
+        lambda: storage.set_data(key, {"new": 1}, ttl=ttl),  # type: ignore[arg-type]
+        lambda: storage.update_data(key, {"new": 1}, ttl=ttl),  # type: ignore[arg-type]
+        lambda: with_ttl(FSMContext(storage, key), ttl).set_state("new"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InvalidTtl, match="must be above 0 and at most 100 years") as refusal:
+            await write()
+        assert str(key.chat_id) in str(refusal.value)
+    assert (await storage.get_state(key), await storage.get_data(key)) == ("old", {"old": 1})
+
+
+@pytest.mark.parametrize("ttl", ["60", True, [60]], ids=repr)
+async def test_a_ttl_of_a_wrong_type_is_refused(storage: DjangoStorage, key: StorageKey, ttl: object) -> None:
+    with pytest.raises(InvalidTtlType, match="seconds or a timedelta, not"):
+        await storage.set_state(key, "new", ttl=ttl)  # type: ignore[arg-type]
+    assert await storage.get_state(key) is None
+
+
+async def test_a_context_with_a_ttl(make_storage: Make, database: str, key: StorageKey) -> None:
+    context = FSMContext(make_storage(state_ttl=1000, data_ttl=1000), key)
+    await with_ttl(context, 15).set_state("payment")
+    assert await with_ttl(context, timedelta(seconds=25)).update_data({"n": 1}, m=2) == {"n": 1, "m": 2}
+    row = await in_thread(record, database)
+    assert (row.state, lifetime(row, "state"), row.data) == ("payment", 15, {"n": 1, "m": 2})
+    assert lifetime(row, "data") == 25
+    await with_ttl(context, None).set_data({"n": 3})
+    assert lifetime(await in_thread(record, database), "data") is None
+    await context.set_state("next")
+    assert lifetime(await in_thread(record, database), "state") == 1000
+    assert await with_ttl(context, 5).get_state() == "next"
+
+
+def test_a_storage_without_ttls_says_so(key: StorageKey) -> None:
+    with pytest.raises(TtlNotSupported, match="MemoryStorage takes no ttl"):
+        with_ttl(FSMContext(MemoryStorage(), key), 60)
