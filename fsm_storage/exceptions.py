@@ -135,6 +135,14 @@ class CorruptData(FSMStorageError, ValueError):
         self.key, self.reason = key, reason
 
 
+class InvalidOutboxRecord(FSMStorageError, ValueError):
+    """Something in the outbox of a `RedisStorage` that is no record of it."""
+
+    def __init__(self, found: object, reason: str) -> None:
+        super().__init__(f"{_short(found)} is no record of the outbox: {reason}")
+        self.found, self.reason = found, reason
+
+
 class VersionConflict(FSMStorageError):
     """The record changed, or went, after it was read; nothing was written."""
 

@@ -12,7 +12,7 @@ import fsm_storage
 
 ROOT = Path(fsm_storage.__file__).parent
 PURE = {"exceptions", "patches", "keys", "codec", "dialects"}
-CORE = {*PURE, "batching", "models", "conf"}
+CORE = {*PURE, "batching", "outbox", "models", "conf"}
 FIGURES = {"tallies", "rollup", "figures"}
 BELOW_ADMIN = {*CORE, *FIGURES, "backends", "lifecycle", "discovery"}
 
@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "codec": {"exceptions", "keys", "patches"},
     "dialects": {"exceptions", "keys", "patches", "codec"},
     "batching": {"exceptions"},
+    "outbox": {"exceptions", "keys"},
     "conf": {"exceptions"},  # storages are loaded by their dotted paths
     "tallies": {"keys"},
     "models": {"exceptions", "keys", "patches", "conf", "tallies"},
@@ -49,6 +50,7 @@ MUST_NOT_KNOW: dict[str, set[str]] = {
     "codec": {"django", "asyncio", "threading", "time"},
     "dialects": {"django", "asgiref", "asyncio", "threading", "time", "psycopg", "sqlite3"},
     "batching": {"django", "aiogram", "asgiref", "psycopg", "sqlite3"},
+    "outbox": {"django", "redis", "asyncio", "threading", "time"},
     "models": {"asyncio", "threading"},
     "testing": {"django", "psycopg"},
 }
