@@ -39,12 +39,7 @@ class Catalog:
 
     def within(self, group: str) -> list[str]:
         """Return the states of the group with this full name and of the groups nested in it."""
-        return [
-            name
-            for declared in self.groups
-            if declared.name == group or declared.name.startswith(f"{group}.")
-            for name in declared.states
-        ]
+        return [name for name in self.states if is_within(group, name)]
 
 
 @cache
@@ -65,6 +60,12 @@ def declared_states() -> Catalog:
 def group_of(state: str) -> str:
     """Return the full name of a state's group, "" if its name has none."""
     return state.rpartition(":")[0]
+
+
+def is_within(group: str, state: str) -> bool:
+    """Say whether a state is of this group or of one nested in it; in the group "" are those without one."""
+    found = group_of(state)
+    return found == group or (bool(group) and found.startswith(f"{group}."))
 
 
 def _walk() -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self
 
 from django.db import models
-from django.db.models import F, Q
+from django.db.models import Count, F, Q
 from django.db.models.fields.json import KeyTransform
 from django.db.models.functions import Now
 from django.utils import timezone
@@ -171,6 +171,11 @@ class FSMRecordQuerySet(models.QuerySet["FSMRecord"]):
     def data_live(self) -> Self:
         """Records whose data has not expired."""
         return self.filter(Q(data_expires_at__isnull=True) | Q(data_expires_at__gt=Now()))
+
+    def live_by_state(self) -> dict[str, int]:
+        """Count the records that are in each state now."""
+        found = self.filter(_state_is_live()).order_by().values_list("state").annotate(Count("pk"))
+        return dict(found)
 
     def states_in_use(self, limit: int) -> list[str]:
         """The first `limit` different states in the table, expired ones too.
@@ -347,6 +352,16 @@ class FSMTransitionQuerySet(models.QuerySet["FSMTransition"]):
     def of(self, record: FSMRecord) -> Self:
         """The transitions of one record, newest first."""
         return self.filter(alias=record.alias, key=record.key).order_by("-id")
+
+    def within(self, span: timedelta) -> Self:
+        """The transitions of this time up to now."""
+        return self.filter(at__gte=Now() - span)
+
+    def traffic(self) -> Iterable[tuple[str | None, str | None, int, int]]:
+        """Count the changes of state: from, to, how many, and how many of them were expiries."""
+        is_expiry = Q(source=FSMTransition.Source.EXPIRY)
+        counts = self.order_by().values_list("from_state", "to_state")
+        return counts.annotate(Count("pk"), expired=Count("pk", filter=is_expiry))
 
 
 class FSMTransition(models.Model):

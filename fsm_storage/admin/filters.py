@@ -11,7 +11,7 @@ from django.contrib.admin.options import IncorrectLookupParameters
 from django.http import HttpRequest
 from django.utils.translation import gettext_lazy as _
 
-from fsm_storage.discovery import declared_states, group_of
+from fsm_storage.discovery import declared_states, group_of, is_within
 from fsm_storage.models import FSMRecord
 
 BOTS_SAMPLE = 1000
@@ -95,12 +95,8 @@ class GroupFilter(SimpleListFilter):
 
 def states_within(request: HttpRequest, group: str) -> list[str]:
     """Return the states of a group: the declared ones, and what else the table has under its name."""
-    undeclared = undeclared_states(request)
-    if not group:
-        declared = [state for state in declared_states().states if not group_of(state)]
-        return [*declared, *(state for state in undeclared if not group_of(state))]
-    inside = (f"{group}:", f"{group}.")
-    return [*declared_states().within(group), *(s for s in undeclared if s.startswith(inside))]
+    undeclared = (state for state in undeclared_states(request) if is_within(group, state))
+    return [*declared_states().within(group), *undeclared]
 
 
 class StateFilter(SimpleListFilter):

@@ -12,9 +12,9 @@ from django.utils.html import format_html
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 
-from fsm_storage.admin.durations import HINT, parse_duration
 from fsm_storage.admin.jsontext import JSONTextError, compact, pretty, read_json, read_object
 from fsm_storage.discovery import declared_states
+from fsm_storage.durations import HINT, parse_duration
 from fsm_storage.models import FSMRecord
 from fsm_storage.patches import KEEP, Keep
 

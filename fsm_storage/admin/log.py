@@ -13,8 +13,8 @@ from django.db import router, transaction
 from django.utils.translation import gettext as _
 
 from fsm_storage.admin.comparing import told_data, told_state
-from fsm_storage.admin.durations import in_words
 from fsm_storage.admin.forms import Changes
+from fsm_storage.durations import in_words
 from fsm_storage.models import FSMRecord
 from fsm_storage.patches import KEEP
 

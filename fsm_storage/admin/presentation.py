@@ -10,8 +10,8 @@ from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 
-from fsm_storage.admin.durations import in_words
 from fsm_storage.discovery import declared_states
+from fsm_storage.durations import in_words
 from fsm_storage.models import FSMRecord
 
 COLOURS = 12

@@ -19,8 +19,8 @@ from fsm_storage.admin.actions import ActionsMixin
 from fsm_storage.admin.changelist import BoundedPaginator, RecordChangeList, page_asked
 from fsm_storage.admin.editing import EditingMixin
 from fsm_storage.admin.presentation import ago, badge, clock_of, labelled, record_expiry
-from fsm_storage.admin.search import HELP, SearchError, search
 from fsm_storage.models import FSMRecord, FSMRecordQuerySet
+from fsm_storage.search import HELP, SearchError, search
 
 if TYPE_CHECKING:
     Base = admin.ModelAdmin[FSMRecord]

@@ -15,8 +15,8 @@ from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 
 from fsm_storage.admin.changelist import BoundedPaginator, TransitionChangeList, page_asked
-from fsm_storage.admin.durations import in_words
 from fsm_storage.admin.presentation import ago, badge, clock_of, instant, labelled, local
+from fsm_storage.durations import in_words
 from fsm_storage.models import FSMRecord, FSMTransition
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import pytest
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
-from fsm_storage.admin.search import search
 from fsm_storage.models import FSMRecord
+from fsm_storage.search import search
 from tests.web.conftest import LIST
 
 

@@ -2,7 +2,7 @@ from datetime import timedelta
 
 import pytest
 
-from fsm_storage.admin.durations import in_words, parse_duration
+from fsm_storage.durations import in_words, parse_duration
 
 
 @pytest.mark.parametrize(
