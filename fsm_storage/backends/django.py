@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 from aiogram.fsm.state import State
@@ -14,12 +15,24 @@ from asgiref.sync import sync_to_async
 from django.core.checks import CheckMessage
 from django.utils.module_loading import import_string
 
+from fsm_storage import signals
 from fsm_storage.backends.context import TtlOption, own_ttl
 from fsm_storage.backends.options import check_options, checked_options
 from fsm_storage.backends.session import Session
 from fsm_storage.batching import AGAIN, Batcher, Replies
 from fsm_storage.codec import Codec, Dumps, Loads
-from fsm_storage.dialects import LOCKED, Cause, History, Read, Scope, Write, Written
+from fsm_storage.dialects import (
+    LOCKED,
+    Cause,
+    History,
+    Lapsed,
+    Read,
+    Scope,
+    Spared,
+    Write,
+    WriteReply,
+    Written,
+)
 from fsm_storage.exceptions import InvalidState, InvalidStateType, StorageClosed
 from fsm_storage.keys import (
     MAX_ACTOR_LENGTH,
@@ -28,6 +41,7 @@ from fsm_storage.keys import (
     text_flaw,
 )
 from fsm_storage.patches import KEEP, Keep, Patch, Ttl, ttl_seconds
+from fsm_storage.signals import News
 
 T = TypeVar("T")
 
@@ -97,6 +111,7 @@ class DjangoStorage(BaseStorage):
         self.codec = Codec(_loaded(json_loads), _loaded(json_dumps))
         self._state_ttl, self._data_ttl = Ttl(ttl_seconds(state_ttl)), Ttl(ttl_seconds(data_ttl))
         self._scope = Scope(alias, history, self.codec)
+        self._telling = self._scope._replace(tells=True)
         self._session = Session(database, timeout)
         self._limits = {"timeout": timeout, "max_pending": max_pending, "batch_size": batch_size}
         self._reads: Batcher[Read | Write, Any] | None = None
@@ -201,8 +216,10 @@ class DjangoStorage(BaseStorage):
             Write(record.key, record.storage_key, patch, state_rule, data_rule, version)
             for record, patch, version in zip(records, patches, versions, strict=True)
         ]
-        scope = self._scope._replace(cause=Cause(source, _actor(by)))
+        scope = self._scope._replace(cause=Cause(source, _actor(by)), tells=signals.is_heard())
         replies = self._session.write_here(writes, scope)
+        if scope.tells or signals.hints:
+            self._session.after_commit(partial(self._announce, writes, replies, scope.cause))
         return sum(isinstance(reply, Written) and reply.version is not None for reply in replies)
 
     def sweep(self, limit: int = 1000) -> tuple[int, int, int]:
@@ -210,7 +227,38 @@ class DjangoStorage(BaseStorage):
 
         Returns the three counts; all 0 when there is nothing left to do. Synchronous.
         """
-        return self._session.sweep(self._scope, limit)
+        scope = self._telling if signals.is_heard() or signals.hints else self._scope
+        swept = self._session.sweep(scope, limit, Spared())
+        if swept.lapsed:
+            self._session.after_commit(partial(self._announce_lapsed, swept.lapsed))
+        return swept.states, swept.data, swept.records
+
+    def _announce(self, writes: Sequence[Write], replies: Sequence[WriteReply], cause: Cause) -> None:
+        """Tell what synchronous code has written."""
+        self._hint(writes, replies)
+        signals.tell(
+            type(self),
+            [
+                News(self.alias, write.parts, write.key, reply.version, cause, reply.change)
+                for write, reply in zip(writes, replies, strict=True)
+                if isinstance(reply, Written) and reply.change is not None
+            ],
+        )
+
+    def _announce_lapsed(self, lapsed: Sequence[Lapsed]) -> None:
+        signals.hint(self.alias, [(one.key, one.version) for one in lapsed])
+        if signals.is_heard():
+            news = [signals.lapsed(self.alias, one) for one in lapsed]
+            signals.tell(type(self), news)
+
+    def _hint(self, writes: Sequence[Write], replies: Sequence[WriteReply]) -> None:
+        if signals.hints:
+            written = [
+                (write.key, reply.version)
+                for write, reply in zip(writes, replies, strict=True)
+                if isinstance(reply, Written) and reply.version is not None
+            ]
+            signals.hint(self.alias, written)
 
     def _text(self, key: StorageKey) -> str:
         return record_key(key, self._key_builder)
@@ -221,9 +269,23 @@ class DjangoStorage(BaseStorage):
         return (self._reads or self._start()[0]).submit(read)
 
     def _write(self, write: Write) -> Awaitable[Any]:
+        if signals.is_heard():
+            # Shielded: a caller that is cancelled stops waiting, but what it wrote is told all the same.
+            return asyncio.shield(self._write_and_tell(write))
+        return self._submit(write)
+
+    def _submit(self, write: Write) -> Awaitable[Any]:
         if self.in_transaction:
             return self._now(write)
         return (self._writes or self._start()[1]).submit(write)
+
+    async def _write_and_tell(self, write: Write) -> Written:
+        written: Written = await self._submit(write)
+        if written.change is not None:
+            cause = self._scope.cause
+            news = News(self.alias, write.parts, write.key, written.version, cause, written.change)
+            await signals.atell(type(self), news)
+        return written
 
     async def _now(self, op: Read | Write) -> Any:
         if self.closed:
@@ -235,7 +297,9 @@ class DjangoStorage(BaseStorage):
 
     def _carry_out(self, op: Read | Write) -> Any:
         if isinstance(op, Write):
-            return self._session.write_here([op], self._scope)[0]
+            replies = self._session.write_here([op], self._scope._replace(tells=signals.is_heard()))
+            self._hint([op], replies)
+            return replies[0]
         return self._session.read([op], self._scope, 0.0)[0]
 
     def _start(self) -> tuple[Batcher[Read | Write, Any], Batcher[Read | Write, Any]]:
@@ -266,7 +330,9 @@ class DjangoStorage(BaseStorage):
         writes = [op for op in ops if type(op) is Write]
         if not writes:
             return self._session.read(reads, self._scope, deadline)
-        answers = self._session.write(writes, self._scope, deadline)
+        scope = self._telling if signals.is_heard() else self._scope
+        answers = self._session.write(writes, scope, deadline)
+        self._hint(writes, answers)
         written: Replies[Any] = answers
         if LOCKED in answers:
             written = [AGAIN if reply is LOCKED else reply for reply in answers]

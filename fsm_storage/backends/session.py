@@ -32,6 +32,8 @@ from fsm_storage.dialects import (
     ReadReply,
     Rows,
     Scope,
+    Spared,
+    Sweep,
     Write,
     WriteReply,
     dialect_for,
@@ -115,10 +117,20 @@ class Session:
                     raise self._translate(error) from error
                 attempt += 1
 
-    def sweep(self, scope: Scope, limit: int) -> tuple[int, int, int]:
-        """Clear and delete up to `limit` of each kind; return how many states, data and records."""
+    def sweep(self, scope: Scope, limit: int, spared: Spared) -> Sweep:
+        """Clear and delete up to `limit` of each kind."""
         deadline = time.monotonic() + self.timeout
-        return self._retried(lambda unit: unit.run_in_transaction(unit.dialect.sweep(scope, limit)), deadline)
+        return self._retried(
+            lambda unit: unit.run_in_transaction(unit.dialect.sweep(scope, limit, spared)), deadline
+        )
+
+    def after_commit(self, function: Callable[[], None]) -> None:
+        """Call `function` once the caller's transaction is committed: now, if there is none."""
+        connection = connections[self.database]
+        if connection.in_atomic_block or connection.get_autocommit():
+            transaction.on_commit(function, using=self.database, robust=True)
+        else:  # the caller commits by hand, and Django does not learn when
+            function()
 
     def release(self) -> None:
         """Close this thread's connection."""

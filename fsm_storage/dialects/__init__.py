@@ -7,6 +7,7 @@ drives it owns the connection and the transaction.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from datetime import datetime
 from importlib import import_module
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -48,15 +49,65 @@ class Write(NamedTuple):
     if_version: int | None = None
 
 
+class Lapse(NamedTuple):
+    """A part that a write or the sweep found expired and cleared. `state` is what the record's was."""
+
+    part: Literal["state", "data"]
+    state: str | None
+    at: datetime
+
+
+class Change(NamedTuple):
+    """What a write changed, as the bot sees it; `lapses` had expired before and were still in the row."""
+
+    old_state: str | None
+    new_state: str | None
+    data_changed: bool
+    lapses: tuple[Lapse, ...] = ()
+
+
 class Written(NamedTuple):
     """What a write left behind: the version (None: there was and is no record).
 
-    After a merge, the data too, as text or as the value in it.
+    After a merge, the data too, as text or as the value in it. With `Scope.tells`, what it changed.
     """
 
     version: int | None
     text: str | None = None
     merged: dict[str, Any] | None = None
+    change: Change | None = None
+
+
+class Lapsed(NamedTuple):
+    """A record of which the sweep cleared a part. `version` is the new one, None if it was deleted."""
+
+    key: str
+    parts: StorageKey
+    version: int | None
+    lapse: Lapse
+
+
+class Sweep(NamedTuple):
+    """How many states and data were cleared and records deleted; with `Scope.tells`, which."""
+
+    states: int
+    data: int
+    records: int
+    lapsed: Sequence[Lapsed] = ()
+
+
+class Spared(NamedTuple):
+    """What the sweep leaves to handlers: the expired state, or data, of records in these states; None: in any.
+
+    Data that expired with its state, or up to `TOGETHER` seconds before it, is left for the state's handler.
+    """
+
+    states: tuple[str, ...] | None = ()
+    data: tuple[str, ...] | None = ()
+
+
+NOTHING_SPARED: Final = Spared()
+TOGETHER: Final = 60
 
 
 class Cause(NamedTuple):
@@ -73,6 +124,8 @@ class Scope(NamedTuple):
     history: History
     codec: Codec
     cause: Cause = Cause()
+    tells: bool = False
+    """Replies shall say what was there before, which costs a little: somebody listens to the signals."""
 
 
 ReadReply: TypeAlias = str | BaseException | None
@@ -106,8 +159,8 @@ class Dialect(Protocol):
         a moment at the most. With `lone`, a single write may take a shorter way.
         """
 
-    def sweep(self, scope: Scope, limit: int) -> Plan[tuple[int, int, int]]:
-        """Clear up to `limit` expired states, and data, and delete idle records; return the three counts."""
+    def sweep(self, scope: Scope, limit: int, spared: Spared = NOTHING_SPARED) -> Plan[Sweep]:
+        """Clear up to `limit` expired states, and data, and delete idle records, but for what is `spared`."""
 
     def session(self, timeout: float) -> Sequence[str]:
         """Return statements for a new connection of a worker thread."""

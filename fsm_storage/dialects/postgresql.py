@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from datetime import datetime
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from aiogram.fsm.storage.base import StorageKey
 
 from fsm_storage.codec import outside_strings
 from fsm_storage.dialects import (
     LOCKED,
+    NOTHING_SPARED,
+    Change,
+    Lapse,
+    Lapsed,
     Plan,
     Read,
     ReadReply,
+    Rows,
     Scope,
+    Spared,
     Statement,
+    Sweep,
     Write,
     WriteReply,
     Written,
@@ -116,7 +126,7 @@ class PostgreSQL:
     def write(
         self, writes: Sequence[Write], scope: Scope, *, wait: bool = False, lone: bool = False
     ) -> Plan[list[WriteReply]]:
-        short = _lone(writes[0], scope) if lone else None
+        short = _lone(writes[0], scope) if lone and not scope.tells else None
         if short is not None:
             rows = yield short
             if rows:  # else the row is not what the short way is for
@@ -124,17 +134,24 @@ class PostgreSQL:
         batch = [_Batched(*write, _over(write.patch, scope)) for write in writes]
         params: dict[str, Any] = {name: [get(write) for write in batch] for name, get in _COLUMNS.items()}
         params.update(alias=scope.alias, source=scope.cause.source, actor=scope.cause.actor)
-        rows = yield Statement(sql.WRITES[scope.history, wait], params)
+        rows = yield Statement(sql.WRITES[scope.history, wait, scope.tells], params)
         by_key = {row[0]: row for row in rows}
         return [_reply(write, by_key[write.key]) for write in writes]
 
-    def sweep(self, scope: Scope, limit: int) -> Plan[tuple[int, int, int]]:
+    def sweep(self, scope: Scope, limit: int, spared: Spared = NOTHING_SPARED) -> Plan[Sweep]:
         full = scope.history == "full"
-        params = {"alias": scope.alias, "limit": limit, "noted": scope.history != "off"}
+        params = {
+            "alias": scope.alias, "limit": limit, "noted": scope.history != "off",
+            "spared_states": None if spared.states is None else list(spared.states),
+            "spared_data": None if spared.data is None else list(spared.data),
+        }  # fmt: skip
         text = sql.SWEEP_STATES.format(data="data" if full else "NULL::jsonb")
         states = yield Statement(text, params)
         data = yield Statement(sql.SWEEP_DATA, {**params, "noted": full})
-        return states[0][0], *data[0]
+        lost = [row for row in data if not row[-1]]
+        deleted = {row[0] for row in data if row[-2]}
+        lapsed = _lapsed(states, lost, deleted) if scope.tells else ()
+        return Sweep(len(states), len(lost), len(deleted), lapsed)
 
     def session(self, timeout: float) -> Sequence[str]:
         return ()
@@ -190,9 +207,9 @@ def _lone(write: Write, scope: Scope) -> Statement | None:
 
 
 def _reply(write: Write, row: tuple[Any, ...]) -> WriteReply:
-    _, found, version, is_stale, is_corrupt, is_nothing, data = row
+    _, found, version, is_stale, is_corrupt, is_nothing, data, *told = row
     if version is not None:
-        return Written(version, data)
+        return Written(version, data, change=_change(*told) if told else None)
     if is_stale:
         return VersionConflict(write.key, write.if_version or 0, found)
     if is_corrupt:
@@ -200,6 +217,29 @@ def _reply(write: Write, row: tuple[Any, ...]) -> WriteReply:
     if is_nothing:
         return Written(None, data)
     return LOCKED
+
+
+def _change(
+    old_state: str | None, new_state: str | None, data_changed: bool,
+    raw_state: str | None, state_lapsed: bool, state_at: datetime, data_lapsed: bool, data_at: datetime,
+) -> Change:  # fmt: skip
+    lapses = []
+    if state_lapsed:
+        lapses.append(Lapse("state", raw_state, state_at))
+    if data_lapsed:
+        lapses.append(Lapse("data", raw_state, data_at))
+    return Change(old_state, new_state, data_changed, tuple(lapses))
+
+
+def _lapsed(states: Rows, data: Rows, deleted: Collection[str]) -> list[Lapsed]:
+    cleared: list[tuple[Literal["state", "data"], Rows]] = [("state", states), ("data", data)]
+    return [
+        Lapsed(
+            key, StorageKey(*parts), None if key in deleted else version + 1, Lapse(part, state, expired_at)
+        )
+        for part, rows in cleared
+        for key, *parts, version, state, expired_at, _, _ in rows
+    ]
 
 
 dialect = PostgreSQL()

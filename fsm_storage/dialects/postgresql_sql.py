@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fsm_storage.codec import MAX_DEPTH
+from fsm_storage.dialects import TOGETHER
 
 READ_STATES = """
 SELECT key, CASE WHEN state_expires_at <= statement_timestamp() THEN NULL ELSE state END
@@ -114,8 +115,15 @@ WITH input AS (
     SELECT key, version FROM updated UNION ALL SELECT key, version FROM inserted
 ){history}
 SELECT n.key, n.version, d.version, n.is_stale, n.is_corrupt, n.is_nothing,
-    CASE WHEN n.over IS NOT NULL THEN n.new_data::text END
-FROM new n LEFT JOIN done d ON d.key = n.key
+    CASE WHEN n.over IS NOT NULL THEN n.new_data::text END{told}
+FROM new n LEFT JOIN done d ON d.key = n.key{old_too}
+"""
+# What was there before, for those who listen to the signals.
+_TOLD = """,
+    n.live_state, CASE WHEN n.touches_state THEN n.new_state ELSE n.live_state END,
+    n.touches_data AND coalesce(n.live_data, '{}') <> n.new_data,
+    n.raw_state, n.touches_state AND n.raw_state IS NOT NULL AND n.live_state IS NULL, n.state_expires_at,
+    n.touches_data AND coalesce(o.data_expires_at <= statement_timestamp() AND o.data <> '{}', false), n.data_expires_at
 """
 _HISTORY = """, history AS (
     INSERT INTO fsm_storage_transition (alias, key, bot_id, chat_id, user_id, from_state, to_state, at,
@@ -142,7 +150,7 @@ _NOT_SKIPPED = """
         AND NOT EXISTS (SELECT FROM fsm_storage_record e WHERE e.alias = %(alias)s AND e.key = new.key)"""
 
 
-def _write_sql(history: str, *, wait: bool) -> str:
+def _write_sql(history: str, *, wait: bool, tells: bool) -> str:
     names = ", ".join(INPUT)
     arrays = ", ".join(f"%({name})s::{type_}[]" for name, type_ in INPUT.items())
     note = ""
@@ -160,13 +168,16 @@ def _write_sql(history: str, *, wait: bool) -> str:
         limit="" if wait else f"{_LOCK_LIMIT}, ",
         not_skipped="" if wait else _NOT_SKIPPED,
         history=note,
+        told=_TOLD if tells else "",
+        old_too=" LEFT JOIN old o ON o.key = n.key" if tells else "",
     )
 
 
 WRITES = {
-    (history, wait): _write_sql(history, wait=wait)
+    (history, wait, tells): _write_sql(history, wait=wait, tells=tells)
     for history in ("off", "states", "full")
     for wait in (False, True)
+    for tells in (False, True)
 }
 
 # A lone write needs no lock before its upsert, which is half of the cost. It waits for a locked row
@@ -224,40 +235,51 @@ WITH old AS MATERIALIZED (
 SELECT version FROM done
 """
 
-SWEEP_STATES = """
-WITH due AS (
-    SELECT id, key, bot_id, chat_id, user_id, state, data, state_expires_at
-    FROM fsm_storage_record WHERE state_expires_at <= statement_timestamp() AND alias = %(alias)s
-    ORDER BY state_expires_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED
-), cleared AS (
+_EXPIRED = """
+    SELECT id, key, bot_id, chat_id, user_id, thread_id, business_connection_id, destiny, version, state, data,
+        {part}_expires_at FROM fsm_storage_record
+    WHERE {part}_expires_at <= statement_timestamp() AND alias = %(alias)s {unless}
+    ORDER BY {part}_expires_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED
+"""
+# NULL stands for every state.
+_IN_SPARED = "(%({spared})s::text[] IS NULL OR coalesce(state = ANY(%({spared})s::text[]), false))"
+_STATE_IS_SPARED, _DATA_IS_SPARED = (
+    _IN_SPARED.format(spared=f"spared_{part}") for part in ("states", "data")
+)
+_EXPIRED_STATES = _EXPIRED.format(part="state", unless=f"AND NOT {_STATE_IS_SPARED}")
+_EXPIRED_DATA = _EXPIRED.format(
+    part="data",
+    unless=f"""AND NOT (data <> '{{}}' AND {_DATA_IS_SPARED}) AND NOT (
+        coalesce(state_expires_at <= data_expires_at + interval '{TOGETHER} seconds', false) AND {_STATE_IS_SPARED})""",
+)
+_DUE = "key, bot_id, chat_id, user_id, thread_id, business_connection_id, destiny, version, state"
+
+SWEEP_STATES = f"""
+WITH due AS ({_EXPIRED_STATES}), cleared AS (
     UPDATE fsm_storage_record r SET state = NULL, state_expires_at = NULL,
-        data_expires_at = CASE WHEN r.data = '{{}}' THEN statement_timestamp() ELSE r.data_expires_at END,
+        data_expires_at = CASE WHEN r.data = '{{{{}}}}' THEN statement_timestamp() ELSE r.data_expires_at END,
         version = r.version + 1, updated_at = statement_timestamp()
     FROM due WHERE r.id = due.id
 ), history AS (
     INSERT INTO fsm_storage_transition (alias, key, bot_id, chat_id, user_id, from_state, to_state, at,
         source, actor, data_before, data_after)
-    SELECT %(alias)s, key, bot_id, chat_id, user_id, state, NULL, state_expires_at, 'expiry', '', {data}, {data}
+    SELECT %(alias)s, key, bot_id, chat_id, user_id, state, NULL, state_expires_at, 'expiry', '', {{data}}, {{data}}
     FROM due WHERE %(noted)s
 )
-SELECT count(*) FROM due
+SELECT {_DUE}, state_expires_at, false, false FROM due
 """
-SWEEP_DATA = """
-WITH due AS (
-    SELECT id, key, bot_id, chat_id, user_id, state, data, data_expires_at
-    FROM fsm_storage_record WHERE data_expires_at <= statement_timestamp() AND alias = %(alias)s
-    ORDER BY data_expires_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED
-), deleted AS (
+SWEEP_DATA = f"""
+WITH due AS ({_EXPIRED_DATA}), deleted AS (
     DELETE FROM fsm_storage_record r USING due WHERE r.id = due.id AND r.state IS NULL RETURNING r.id
 ), cleared AS (
-    UPDATE fsm_storage_record r SET data = '{}', data_expires_at = NULL,
+    UPDATE fsm_storage_record r SET data = '{{}}', data_expires_at = NULL,
         version = r.version + 1, updated_at = statement_timestamp()
     FROM due WHERE r.id = due.id AND r.state IS NOT NULL
 ), history AS (
     INSERT INTO fsm_storage_transition (alias, key, bot_id, chat_id, user_id, from_state, to_state, at,
         source, actor, data_before, data_after)
-    SELECT %(alias)s, key, bot_id, chat_id, user_id, state, state, data_expires_at, 'expiry', '', data, '{}'
-    FROM due WHERE %(noted)s AND data <> '{}'
+    SELECT %(alias)s, key, bot_id, chat_id, user_id, state, state, data_expires_at, 'expiry', '', data, '{{}}'
+    FROM due WHERE %(noted)s AND data <> '{{}}'
 )
-SELECT count(*) FILTER (WHERE data <> '{}'), (SELECT count(*) FROM deleted) FROM due
+SELECT {_DUE}, data_expires_at, id IN (SELECT id FROM deleted), data = '{{}}' FROM due
 """

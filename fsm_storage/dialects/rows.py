@@ -6,13 +6,16 @@ A dialect reads and locks the rows, has them patched here, and writes what is co
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
+
+from aiogram.fsm.storage.base import StorageKey
 
 from fsm_storage.codec import is_json
-from fsm_storage.dialects import Scope, Write, WriteReply, Written
+from fsm_storage.dialects import Change, Lapse, Lapsed, Scope, Write, WriteReply, Written
 from fsm_storage.exceptions import CorruptData, VersionConflict
-from fsm_storage.patches import EMPTY, KEEP, Content, Seconds, apply
+from fsm_storage.patches import EMPTY, KEEP, Content, Seconds, apply, is_past
 
 
 class Row(NamedTuple):
@@ -95,7 +98,8 @@ class Work:
         version = self._save(write, row, new)
         if self.scope.history != "off":
             self._note(write, old, new)
-        return Written(version, merged=merged)
+        change = self._change(write, old, new) if self.scope.tells else None
+        return Written(version, merged=merged, change=change)
 
     def _save(self, write: Write, row: Row, new: Content) -> int:
         clock, parts = self.clock, write.parts
@@ -122,14 +126,27 @@ class Work:
         now, full = self.clock.now, self.scope.history == "full"
         before, after = old.live_state(now), new.live_state(now)
         data_before, data_after = old.live_data(now), new.live_data(now)
-        touches_state = write.patch.state is not KEEP or write.state_ttl.renew
-        if touches_state and old.state is not None and before is None:
+        if self._finds_state_expired(write, old):
             data = valid(data_before) if full else None
             at = self.clock.write(old.state_expires_at)
             self._add_transition(write, old.state, None, at, ("expiry", ""), data, data)
         if before != after or (full and differ(data_before, data_after)):
             kept = (valid(data_before), valid(data_after)) if full else (None, None)
             self._add_transition(write, before, after, self.clock.text, self.scope.cause, *kept)
+
+    def _finds_state_expired(self, write: Write, old: Content) -> bool:
+        touches_state = write.patch.state is not KEEP or write.state_ttl.renew
+        return touches_state and old.state is not None and old.live_state(self.clock.now) is None
+
+    def _change(self, write: Write, old: Content, new: Content) -> Change:
+        now, lapses = self.clock.now, []
+        if self._finds_state_expired(write, old):
+            lapses.append(Lapse("state", old.state, _instant(old.state_expires_at)))
+        touches_data = write.patch.touches_data or write.data_ttl.renew
+        if touches_data and old.data != EMPTY and is_past(old.data_expires_at, now):
+            lapses.append(Lapse("data", old.state, _instant(old.data_expires_at)))
+        has_other_data = differ(old.live_data(now), new.live_data(now))
+        return Change(old.live_state(now), new.live_state(now), has_other_data, tuple(lapses))
 
     def _add_transition(
         self, write: Write, before: str | None, after: str | None, at: str | None,
@@ -154,12 +171,48 @@ def differ(one: str, other: str) -> bool:
     return one != other and not (is_json(one) and is_json(other) and json.loads(one) == json.loads(other))
 
 
-def state_expiry(row: tuple[Any, ...], scope: Scope) -> tuple[Any, ...]:
-    _, key, bot_id, chat_id, user_id, state, data, at = row
-    kept = valid(data) if scope.history == "full" else None
-    return (scope.alias, key, bot_id, chat_id, user_id, state, None, at, "expiry", "", kept, kept)
+class Expired(NamedTuple):
+    """A row of which the sweep clears a part. `at` is when the part expired."""
+
+    id: int
+    key: str
+    bot_id: int
+    chat_id: int
+    user_id: int
+    thread_id: int | None
+    business_connection_id: str | None
+    destiny: str
+    version: int
+    state: str | None
+    data: str
+    at: str
+
+    def lapsed(self, part: Literal["state", "data"], version: int | None) -> Lapsed:
+        parts = StorageKey(
+            self.bot_id, self.chat_id, self.user_id, self.thread_id, self.business_connection_id, self.destiny
+        )
+        return Lapsed(self.key, parts, version, Lapse(part, self.state, _instant(seconds(self.at))))
+
+    def transition(self, part: Literal["state", "data"], scope: Scope) -> tuple[Any, ...]:
+        """Return the row that notes the expiry."""
+        full = scope.history == "full"
+        before = valid(self.data) if full else None
+        to_state, after = (None, before) if part == "state" else (self.state, EMPTY)
+        return (
+            scope.alias, self.key, self.bot_id, self.chat_id, self.user_id, self.state, to_state, self.at,
+            "expiry", "", before, after,
+        )  # fmt: skip
 
 
-def data_expiry(row: tuple[Any, ...], scope: Scope) -> tuple[Any, ...]:
-    _, key, bot_id, chat_id, user_id, state, data, at = row
-    return (scope.alias, key, bot_id, chat_id, user_id, state, state, at, "expiry", "", valid(data), EMPTY)
+def lapsed_of(states: Sequence[Expired], data: Sequence[Expired], deleted: Collection[int]) -> list[Lapsed]:
+    """Return what a sweep says of the rows whose states, and data, it cleared; `deleted` are ids."""
+    cleared: list[tuple[Literal["state", "data"], Sequence[Expired]]] = [("state", states), ("data", data)]
+    return [
+        row.lapsed(part, None if row.id in deleted else row.version + 1)
+        for part, rows in cleared
+        for row in rows
+    ]
+
+
+def _instant(at: Seconds | None) -> datetime:
+    return datetime.fromtimestamp(cast(Seconds, at), UTC)

@@ -5,8 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from fsm_storage.dialects import Plan, Read, ReadReply, Rows, Scope, Statement, Write, WriteReply
-from fsm_storage.dialects.rows import Row, Work, data_expiry, state_expiry
+from fsm_storage.dialects import (
+    NOTHING_SPARED,
+    TOGETHER,
+    Plan,
+    Read,
+    ReadReply,
+    Scope,
+    Spared,
+    Statement,
+    Sweep,
+    Write,
+    WriteReply,
+)
+from fsm_storage.dialects.rows import Expired, Row, Work, lapsed_of
 from fsm_storage.patches import EMPTY
 
 # Django keeps an instant as text in UTC; two such texts compare as the instants do.
@@ -80,14 +92,20 @@ class _Sql:
 
 
 _BATCH, _LONE = _Sql(lone=False), _Sql(lone=True)
-_EXPIRED_STATES = f"""
-SELECT id, key, bot_id, chat_id, user_id, state, data, state_expires_at || '' FROM fsm_storage_record
-WHERE state_expires_at <= {_NOW} AND alias = ? ORDER BY state_expires_at LIMIT ?
+_EXPIRED = """
+SELECT id, key, bot_id, chat_id, user_id, thread_id, business_connection_id, destiny, version, state, data,
+    {part}_expires_at || '' FROM fsm_storage_record
+WHERE {part}_expires_at <= {now} AND alias = ? {unless} ORDER BY {part}_expires_at LIMIT ?
 """
-_EXPIRED_DATA = f"""
-SELECT id, key, bot_id, chat_id, user_id, state, data, data_expires_at || '' FROM fsm_storage_record
-WHERE data_expires_at <= {_NOW} AND alias = ? ORDER BY data_expires_at LIMIT ?
-"""
+# The parameters: whether every state is spared, and a list of those that are.
+_IN_SPARED = "(? OR coalesce(state IN (SELECT value FROM json_each(?)), 0))"
+_EXPIRED_STATES = _EXPIRED.format(part="state", now=_NOW, unless=f"AND NOT {_IN_SPARED}")
+_EXPIRED_DATA = _EXPIRED.format(
+    part="data",
+    now=_NOW,
+    unless=f"""AND NOT (data <> '{{}}' AND {_IN_SPARED}) AND NOT (coalesce(state_expires_at
+        <= strftime('%Y-%m-%d %H:%M:%f', data_expires_at, '+{TOGETHER} seconds'), 0) AND {_IN_SPARED})""",
+)
 _CLEAR_STATES = f"""
 UPDATE fsm_storage_record SET state = NULL, state_expires_at = NULL, version = version + 1, updated_at = {_NOW},
     data_expires_at = CASE WHEN data = '{{}}' THEN {_NOW} ELSE data_expires_at END
@@ -134,21 +152,26 @@ class SQLite:
         yield from _statements(work)
         return replies
 
-    def sweep(self, scope: Scope, limit: int) -> Plan[tuple[int, int, int]]:
-        states = yield Statement(_EXPIRED_STATES, (scope.alias, limit))
+    def sweep(self, scope: Scope, limit: int, spared: Spared = NOTHING_SPARED) -> Plan[Sweep]:
+        by_state, by_data = _spared(spared.states), _spared(spared.data)
+        rows = yield Statement(_EXPIRED_STATES, (scope.alias, *by_state, limit))
+        states = [Expired(*row) for row in rows]
         if states:
             if scope.history != "off":
-                yield Statement(_BATCH.transition, (_json([state_expiry(row, scope) for row in states]),))
+                noted = [row.transition("state", scope) for row in states]
+                yield Statement(_BATCH.transition, (_json(noted),))
             yield Statement(_CLEAR_STATES, (_ids(states),))
-        data = yield Statement(_EXPIRED_DATA, (scope.alias, limit))
-        if not data:
-            return len(states), 0, 0
-        lost = [row for row in data if row[6] != EMPTY]
+        rows = yield Statement(_EXPIRED_DATA, (scope.alias, *by_data, *by_state, limit))
+        data = [Expired(*row) for row in rows]
+        lost = [row for row in data if row.data != EMPTY]
         if scope.history == "full" and lost:
-            yield Statement(_BATCH.transition, (_json([data_expiry(row, scope) for row in lost]),))
-        deleted = yield Statement(_DELETE_IDLE, (_ids(data),))
-        yield Statement(_CLEAR_DATA, (_ids(data),))
-        return len(states), len(lost), len(deleted)
+            noted = [row.transition("data", scope) for row in lost]
+            yield Statement(_BATCH.transition, (_json(noted),))
+        deleted = (yield Statement(_DELETE_IDLE, (_ids(data),))) if data else []
+        if data:
+            yield Statement(_CLEAR_DATA, (_ids(data),))
+        lapsed = lapsed_of(states, lost, {row[0] for row in deleted}) if scope.tells else ()
+        return Sweep(len(states), len(lost), len(deleted), lapsed)
 
     def session(self, timeout: float) -> Sequence[str]:
         # WAL stays with the file: readers and the writer no longer wait for one another. The wait
@@ -196,8 +219,12 @@ def _for_keys(keys: list[str]) -> tuple[_Sql, str]:
     return (_LONE, keys[0]) if len(keys) == 1 else (_BATCH, _json(keys))
 
 
-def _ids(rows: Rows) -> str:
-    return _json([row[0] for row in rows])
+def _ids(rows: Sequence[Expired]) -> str:
+    return _json([row.id for row in rows])
+
+
+def _spared(states: Sequence[str] | None) -> tuple[bool, str]:
+    return states is None, _json(states or ())
 
 
 dialect = SQLite()

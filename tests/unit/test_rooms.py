@@ -12,7 +12,7 @@ import fsm_storage
 
 ROOT = Path(fsm_storage.__file__).parent
 PURE = {"exceptions", "patches", "keys", "codec", "dialects"}
-CORE = {*PURE, "batching", "outbox", "models", "conf"}
+CORE = {*PURE, "batching", "outbox", "models", "conf", "signals"}
 FIGURES = {"tallies", "rollup", "figures"}
 BELOW_ADMIN = {*CORE, *FIGURES, "backends", "lifecycle", "discovery", "durations", "search", "graph"}
 
@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dialects": {"exceptions", "keys", "patches", "codec"},
     "batching": {"exceptions"},
     "outbox": {"exceptions", "keys"},
+    "signals": {"dialects"},
     "conf": {"exceptions"},  # storages are loaded by their dotted paths
     "tallies": {"keys"},
     "models": {"exceptions", "keys", "patches", "conf", "tallies"},
