@@ -11,6 +11,7 @@ class FSMStorageConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from fsm_storage.checks import check_storages
+        from fsm_storage.checks import check_admin, check_storages
 
         register(check_storages, "fsm_storage")
+        register(check_admin, "fsm_storage")

@@ -1,4 +1,4 @@
-"""System checks of `FSM_STORAGES`. Each backend brings those of its own options."""
+"""System checks of `FSM_STORAGES` and `FSM_ADMIN`. Each backend brings those of its own options."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from django.core.checks import CheckMessage, Error
 
 from fsm_storage.conf import storages, takes_alias
 from fsm_storage.exceptions import InvalidStorageError
+from fsm_storage.rights import InvalidAdminError, check_options
 
 
 def check_storages(app_configs: Sequence[AppConfig] | None = None, **kwargs: Any) -> list[CheckMessage]:
@@ -53,4 +54,14 @@ def _check_alias(alias: str) -> list[CheckMessage]:
     except TypeError as error:
         text = f"FSM_STORAGES[{alias!r}]['OPTIONS'] do not fit {backend.__name__}: {error}."
         return [Error(text, hint="They are its keyword arguments.", id="fsm_storage.E003")]
+    return []
+
+
+def check_admin(app_configs: Sequence[AppConfig] | None = None, **kwargs: Any) -> list[CheckMessage]:
+    """Check `FSM_ADMIN`."""
+    try:
+        check_options()
+    except InvalidAdminError as error:
+        hint = 'For example FSM_ADMIN = {"MASK": ["phone", "*email*"], "READ_ONLY": False}'
+        return [Error(str(error), hint=hint, id="fsm_storage.E020")]
     return []

@@ -251,7 +251,13 @@ class FSMRecord(models.Model):
                 condition=Q(data_expires_at__isnull=False),
             ),
         ]
+        # There is no "add": a conversation begins with a message to the bot. Instead of "change" there are two.
+        default_permissions = ("view", "delete")
         permissions = [
+            ("view_data_fsmrecord", "Can view the data of conversations"),
+            ("change_state_fsmrecord", "Can change the state of conversations"),
+            ("change_data_fsmrecord", "Can change the data of conversations"),
+            ("bulk_fsmrecord", "Can change many conversations at once"),
             ("export_fsmrecord", "Can export conversations"),
         ]
 

@@ -13,6 +13,7 @@ from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 
 from fsm_storage.models import FSMRecordQuerySet
+from fsm_storage.rights import Mask
 
 HELP = gettext_lazy(
     "A chat or user id, or key=value inside the data, like cart.item=pizza. Several with spaces between: all must fit."
@@ -27,13 +28,20 @@ class SearchError(ValueError):
     """A search that means nothing; the message says what could be typed."""
 
 
-def search(records: FSMRecordQuerySet, text: str) -> FSMRecordQuerySet:
-    """Narrow `records` to those that fit every term of `text`. Raises `SearchError`."""
+def search(records: FSMRecordQuerySet, text: str, mask: Mask | None = None) -> FSMRecordQuerySet:
+    """Narrow `records` to those that fit every term of `text`. Raises `SearchError`.
+
+    What `mask` hides cannot be searched either, or it could be guessed bit by bit.
+    """
     for term in smart_split(text):
         if _ID.fullmatch(term):
             records = records.filter(_has_id(int(term)))
         else:
             path, values = _parse_pair(term)
+            if mask and mask.hides(path):
+                raise SearchError(
+                    _("You have no permission to see the values of %(key)s.") % {"key": ".".join(path)}
+                )
             records = records.holding(path, values)
     return records
 

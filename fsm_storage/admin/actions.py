@@ -19,11 +19,12 @@ from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy, ngettext
 
 from fsm_storage.admin.forms import Changes, ExtendForm
-from fsm_storage.admin.log import logged, told
+from fsm_storage.admin.log import logged, noted
 from fsm_storage.admin.presentation import badge, clock_of, record_expiry
 from fsm_storage.exceptions import FSMStorageError
 from fsm_storage.models import FSMRecord
 from fsm_storage.patches import KEEP
+from fsm_storage.rights import Mask, Rights, mask_for, rights_of
 
 if TYPE_CHECKING:
     Base = admin.ModelAdmin[FSMRecord]
@@ -57,8 +58,24 @@ class ActionsMixin(Base):
 
     actions = ["clear_state", "clear_all", "extend_ttl", "export_jsonl"]
 
+    # Django asks these by name: see `permissions` of the actions.
+
+    def has_bulk_state_permission(self, request: HttpRequest) -> bool:
+        rights = rights_of(request.user)
+        return rights.bulk and rights.change_state
+
+    def has_bulk_data_permission(self, request: HttpRequest) -> bool:
+        rights = rights_of(request.user)
+        return rights.bulk and rights.change_data
+
+    def has_bulk_both_permission(self, request: HttpRequest) -> bool:
+        return self.has_bulk_state_permission(request) and self.has_bulk_data_permission(request)
+
+    def has_export_permission(self, request: HttpRequest) -> bool:
+        return rights_of(request.user).export
+
     @admin.action(
-        description=gettext_lazy("Clear the state of selected conversations"), permissions=["change"]
+        description=gettext_lazy("Clear the state of selected conversations"), permissions=["bulk_state"]
     )
     def clear_state(self, request: HttpRequest, queryset: QuerySet[FSMRecord]) -> HttpResponse | None:
         bulk = Bulk(
@@ -70,7 +87,7 @@ class ActionsMixin(Base):
         return self._ask_and_apply(request, queryset, bulk, lambda record: Changes(state=None))
 
     @admin.action(
-        description=gettext_lazy("Clear state and data of selected conversations"), permissions=["change"]
+        description=gettext_lazy("Clear state and data of selected conversations"), permissions=["bulk_both"]
     )
     def clear_all(self, request: HttpRequest, queryset: QuerySet[FSMRecord]) -> HttpResponse | None:
         bulk = Bulk(
@@ -83,7 +100,7 @@ class ActionsMixin(Base):
 
     @admin.action(
         description=gettext_lazy("Extend the time to expiry of selected conversations"),
-        permissions=["change"],
+        permissions=["bulk_state", "bulk_data"],
     )
     def extend_ttl(self, request: HttpRequest, queryset: QuerySet[FSMRecord]) -> HttpResponse | None:
         bulk = Bulk(
@@ -92,16 +109,21 @@ class ActionsMixin(Base):
             _("What would expire sooner will expire in this time from now. Nothing is shortened or revived."),
             _("Extend"),
         )
+        rights = rights_of(request.user)
         form = ExtendForm(request.POST if "post" in request.POST else None)
         return self._ask_and_apply(
-            request, queryset, bulk, lambda record: _extension(record, form.cleaned_data["duration"]), form
+            request,
+            queryset,
+            bulk,
+            lambda record: _extension(record, form.cleaned_data["duration"], rights),
+            form,
         )
 
     @admin.action(
         description=gettext_lazy("Export selected conversations as JSON lines"), permissions=["export"]
     )
     def export_jsonl(self, request: HttpRequest, queryset: QuerySet[FSMRecord]) -> HttpResponseBase:
-        lines = json_lines(queryset)
+        lines = json_lines(queryset, mask_for(request.user))
         is_async = isinstance(request, ASGIRequest)
         return StreamingHttpResponse(
             _in_threads(lines) if is_async else lines,
@@ -185,7 +207,7 @@ class ActionsMixin(Base):
             if changes:
                 groups.setdefault(_kind(changes), []).append((record, changes))
         for group in groups.values():
-            with logged(request.user, [(record, told(record, changes)) for record, changes in group]):
+            with logged(request.user, [(record, noted(record, changes)) for record, changes in group]):
                 records = FSMRecord.objects.filter(pk__in=[record.pk for record, _changes in group])
                 records.edit(**group[0][1].as_arguments(), by=request.user)
         return sum(map(len, groups.values()))
@@ -203,20 +225,20 @@ def _kind(changes: Changes) -> str:
     return ",".join(name for name, value in vars(changes).items() if value is not KEEP)
 
 
-def _extension(record: FSMRecord, duration: timedelta) -> Changes:
-    """Return what lets each part of `record` live for `duration` at least."""
+def _extension(record: FSMRecord, duration: timedelta, rights: Rights) -> Changes:
+    """Return what lets each part of `record` that may be changed live for `duration` at least."""
     now = clock_of(record)
 
     def is_due(expires_at: datetime | None) -> bool:
         return expires_at is not None and now < expires_at < now + duration
 
     return Changes(
-        state_ttl=duration if is_due(record.state_expires_at) else KEEP,
-        data_ttl=duration if is_due(record.data_expires_at) else KEEP,
+        state_ttl=duration if rights.change_state and is_due(record.state_expires_at) else KEEP,
+        data_ttl=duration if rights.change_data and is_due(record.data_expires_at) else KEEP,
     )
 
 
-def json_lines(records: QuerySet[FSMRecord]) -> Iterator[str]:
+def json_lines(records: QuerySet[FSMRecord], mask: Mask) -> Iterator[str]:
     """Yield lines of JSON, one for each record, in the order of their ids; a batch at a time.
 
     Walks along the ids instead of holding a query open, so that a slow reader holds up nothing.
@@ -227,12 +249,12 @@ def json_lines(records: QuerySet[FSMRecord]) -> Iterator[str]:
         rows = list((page if last is None else page.filter(pk__gt=last))[:BATCH])
         if not rows:
             return
-        yield "".join(f"{_json_line(record)}\n" for record in rows)
+        yield "".join(f"{_json_line(record, mask)}\n" for record in rows)
         last = rows[-1].pk
 
 
-def _json_line(record: FSMRecord) -> str:
-    values = {name: getattr(record, name) for name in EXPORTED}
+def _json_line(record: FSMRecord, mask: Mask) -> str:
+    values = {name: getattr(record, name) for name in EXPORTED} | {"data": mask.over(record.data)}
     return json.dumps(values, ensure_ascii=False, default=datetime.isoformat)
 
 

@@ -1,16 +1,23 @@
-"""What differs between versions of a record, and how a log entry tells it. No database."""
+"""What differs between versions of a record, and what becomes of two changes together. No database."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from django.utils.translation import gettext as _
+from fsm_storage.admin.jsontext import compact, pretty
+from fsm_storage.patches import KEEP, Keep
+from fsm_storage.rights import Mask
 
-from fsm_storage.admin.jsontext import compact, pretty, short
-
-MAX_KEYS_TOLD = 50
 _ABSENT = object()
+
+
+class Change(NamedTuple):
+    """One key of the data, before and after; None is a key that is not there. No name: the data as a whole."""
+
+    name: str
+    old: str | None
+    new: str | None
 
 
 class Difference(NamedTuple):
@@ -33,6 +40,29 @@ class Difference(NamedTuple):
     def clashes(self) -> bool:
         return self.by_them and self.by_you and self.theirs != self.yours
 
+    @property
+    def field(self) -> str:
+        """The name under which a form asks which side shall win."""
+        return f"choice:{self.name}"
+
+
+def data_changes(old: Any, new: Any, mask: Mask | None = None) -> list[Change]:
+    """Return the keys whose values differ, as `mask` lets them be seen."""
+    mask = mask or Mask()
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        same = compact(old) == compact(new)
+        return [] if same else [Change("", pretty(mask.over(old)), pretty(mask.over(new)))]
+    return [
+        Change(
+            key,
+            *(
+                pretty(mask.over({key: version[key]})[key]) if key in version else None
+                for version in (old, new)
+            ),
+        )
+        for key in _unlike(old, new)
+    ]
+
 
 def data_differences(opened: Any, theirs: Any, yours: Any) -> list[Difference]:
     """Return the keys in which three versions of the data are not all the same.
@@ -43,44 +73,37 @@ def data_differences(opened: Any, theirs: Any, yours: Any) -> list[Difference]:
     if not all(isinstance(version, dict) for version in versions):
         same = len({compact(version) for version in versions}) == 1
         return [] if same else [Difference("", *(pretty(version) for version in versions))]
-    found = []
+    return [
+        Difference(key, *(pretty(version[key]) if key in version else None for version in versions))
+        for key in _unlike(*versions)
+    ]
+
+
+def merged_data(opened: Any, theirs: Any, yours: Any, choices: Mapping[str, str]) -> dict[str, Any] | Keep:
+    """Return `theirs` with what you changed laid over it; `KEEP` if that changes nothing.
+
+    Where both sides changed the same, `choices` says by the difference's field which one wins: "yours", or theirs.
+    """
+    winning = [
+        one
+        for one in data_differences(opened, theirs, yours)
+        if one.by_you and one.theirs != one.yours and (not one.clashes or choices.get(one.field) == "yours")
+    ]
+    if not winning:
+        return KEEP
+    if not all(isinstance(version, dict) for version in (opened, theirs, yours)):
+        return yours  # type: ignore[no-any-return]
+    merged = dict(theirs)
+    for one in winning:
+        if one.yours is None:
+            merged.pop(one.name, None)
+        else:
+            merged[one.name] = yours[one.name]
+    return merged
+
+
+def _unlike(*versions: dict[str, Any]) -> Iterator[str]:
     for key in dict.fromkeys(key for version in versions for key in version):
         values = [version.get(key, _ABSENT) for version in versions]
-        texts = [None if value is _ABSENT else compact(value) for value in values]
-        if len(set(texts)) > 1:
-            found.append(Difference(key, *(None if value is _ABSENT else pretty(value) for value in values)))
-    return found
-
-
-def told_state(old: str | None, new: str | None) -> str:
-    """Say in a log entry how the state changed."""
-    return _("State: %(old)s → %(new)s") % {"old": _named(old), "new": _named(new)}
-
-
-def told_data(old: Any, new: Any) -> str:
-    """Say in a log entry what changed in the data, key by key, with old and new."""
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return _("Data: %(old)s → %(new)s") % {"old": short(old), "new": short(new)}
-    changes = list(_told_keys(old, new))
-    told = "; ".join(changes[:MAX_KEYS_TOLD])
-    if len(changes) > MAX_KEYS_TOLD:
-        told = _("%(told)s; and %(count)d more") % {"told": told, "count": len(changes) - MAX_KEYS_TOLD}
-    return _("Data: %(changes)s") % {"changes": told}
-
-
-def _told_keys(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    for key in dict.fromkeys([*old, *new]):
-        if key not in new:
-            yield _("%(key)s: %(old)s removed") % {"key": key, "old": short(old[key])}
-        elif key not in old:
-            yield _("%(key)s: %(new)s added") % {"key": key, "new": short(new[key])}
-        elif compact(old[key]) != compact(new[key]):
-            yield _("%(key)s: %(old)s → %(new)s") % {
-                "key": key,
-                "old": short(old[key]),
-                "new": short(new[key]),
-            }
-
-
-def _named(state: str | None) -> str:
-    return _("no state") if state is None else state or '""'
+        if len({None if value is _ABSENT else compact(value) for value in values}) > 1:
+            yield key

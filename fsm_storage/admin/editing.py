@@ -15,10 +15,11 @@ from django.utils.decorators import method_decorator
 from django.utils.translation import gettext as _
 from django.views.decorators.csrf import csrf_exempt, csrf_protect
 
-from fsm_storage.admin.comparing import data_differences
-from fsm_storage.admin.forms import RecordForm
+from fsm_storage.admin.comparing import data_changes
+from fsm_storage.admin.forms import Changes, RecordForm
 from fsm_storage.admin.jsontext import pretty
-from fsm_storage.admin.log import logged, told
+from fsm_storage.admin.log import logged, noted, told_ttls
+from fsm_storage.admin.merging import Merge
 from fsm_storage.admin.presentation import ago, badge, clock_of, expiry
 from fsm_storage.admin.transitions import timeline
 from fsm_storage.discovery import declared_states
@@ -31,6 +32,7 @@ from fsm_storage.exceptions import (
 )
 from fsm_storage.models import FSMRecord
 from fsm_storage.patches import KEEP
+from fsm_storage.rights import mask_for, rights_of
 
 if TYPE_CHECKING:
     from django.contrib.admin import ModelAdmin
@@ -39,8 +41,10 @@ if TYPE_CHECKING:
 else:
     Base = object
 
-OVERWRITE = "_overwrite"
+PREVIEW = "_preview"
 TIMELINE_LENGTH = 50
+TRIES = 3
+"""How often a change is laid over a conversation that moves on meanwhile, before a person is asked."""
 
 
 class EditingMixin(Base):
@@ -67,7 +71,7 @@ class EditingMixin(Base):
             raise PermissionDenied
         if record is None:
             return self._gone(request, object_id)
-        form = RecordForm(record, request.POST)
+        form = RecordForm(record, rights_of(request.user), request.POST)
         if not form.is_valid():
             return self._render(request, record, form)
         if not form.changes:
@@ -82,40 +86,50 @@ class EditingMixin(Base):
             raise PermissionDenied
         return self._gone(request, object_id) if record is None else self._render(request, record)
 
-    def _save(self, request: HttpRequest, record: FSMRecord, form: RecordForm) -> HttpResponse:
-        changes, version = form.changes, _version_meant(request, form)
-        if record.version != version:
-            return self._conflict(request, record, form)
+    def _save(
+        self, request: HttpRequest, record: FSMRecord, form: RecordForm, tries: int = TRIES
+    ) -> HttpResponse:
+        """Save upon the version in hand: what was typed, or, if that is a newer one, both changes together."""
+        merge = Merge(form, record, request.POST)
+        if merge.clashes or not tries:
+            return self._conflict(request, record, form, merge)
+        if PREVIEW in request.POST:
+            return self._render(request, record, form, {"preview": _preview(record, merge)})
+        if not merge.changes:
+            self.message_user(request, _("The conversation is already as you want it."), messages.INFO)
+            return self._done(request, record)
         try:
-            with logged(request.user, [(record, told(record, changes))]):
-                record.edit(**changes.as_arguments(), if_version=version, by=request.user)
+            with logged(request.user, [(record, noted(record, merge.changes))]):
+                record.edit(**merge.changes.as_arguments(), if_version=record.version, by=request.user)
         except VersionConflict:
-            return self._conflict(request, self._find(request, str(record.pk)), form)
+            newer = self._find(request, str(record.pk))
+            return self._gone(request, "") if newer is None else self._save(request, newer, form, tries - 1)
         except FSMStorageError as error:
-            form.add_error(_field_at_fault(error), str(error))
+            form.add_error(_field_at_fault(error, form), str(error))
             return self._render(request, record, form)
         except OperationalError as error:
             form.add_error(None, _("The database did not take the change: %(error)s") % {"error": error})
             return self._render(request, record, form)
-        self._warn_if_undeclared(request, changes.state)
+        if merge.is_needed:
+            self.message_user(request, merge.told(), messages.INFO)
+        self._warn_if_undeclared(request, merge.changes.state)
         return self.response_change(request, record)
 
-    def _conflict(self, request: HttpRequest, record: FSMRecord | None, form: RecordForm) -> HttpResponse:
+    def _conflict(
+        self, request: HttpRequest, record: FSMRecord, form: RecordForm, merge: Merge
+    ) -> HttpResponse:
         """Show the page again with yours, theirs and what you opened; nothing was written."""
-        if record is None:
-            return self._gone(request, "")
-        opened_state, opened_data = form.opened
-        yours = opened_data if form.changes.data is KEEP else form.changes.data
         conflict = {
-            "opened_state": badge(opened_state),
-            "their_state": badge(record.current_state),
-            "your_state": badge(form.yours),
-            "state_by_them": record.current_state != opened_state,
-            "state_by_you": form.changes.state is not KEEP,
-            "keys": data_differences(opened_data, record.current_data, yours),
+            "merge": merge,
             "version": record.version,
             "changed": ago(record.updated_at, clock_of(record)),
         }
+        if merge.state:
+            conflict |= {
+                "opened_state": badge(form.opened_state_value),
+                "their_state": badge(record.current_state),
+                "your_state": badge(form.your_state),
+            }
         response = self._render(request, record, form, {"conflict": conflict})
         response.status_code = 409
         return response
@@ -127,8 +141,9 @@ class EditingMixin(Base):
         form: RecordForm | None = None,
         extra: dict[str, Any] | None = None,
     ) -> HttpResponse:
-        can_change = self.has_change_permission(request, record)
-        form = form or RecordForm(record)
+        rights = rights_of(request.user)
+        can_change = rights.change
+        form = form or RecordForm(record, rights)
         action = _("Change %s") if can_change else _("View %s")
         context = {
             **self.admin_site.each_context(request),
@@ -145,13 +160,14 @@ class EditingMixin(Base):
             "errors": helpers.AdminErrorList(cast(Any, form), []),
             "preserved_filters": self.get_preserved_filters(request),
             "can_change": can_change,
+            "rights": rights,
             **self._facts(request, record),
             **(extra or {}),
         }
         return self.render_change_form(request, context, change=True, obj=record)
 
     def _facts(self, request: HttpRequest, record: FSMRecord) -> dict[str, Any]:
-        now, state = clock_of(record), record.current_state
+        now, state, mask = clock_of(record), record.current_state, mask_for(request.user)
         rows = timeline(record, TIMELINE_LENGTH + 1)
         return {
             "state_badge": badge(state),
@@ -159,7 +175,8 @@ class EditingMixin(Base):
             "state_expiry": expiry(record.state_expires_at, now) if record.state is not None else "",
             "expired_state": badge(record.state) if state is None and record.state is not None else "",
             "data_expiry": "" if record.data == {} else expiry(record.data_expires_at, now),
-            "data_text": pretty(record.current_data),
+            "data_text": pretty(mask.over(record.current_data)),
+            "is_masked": bool(mask),
             "data_is_object": isinstance(record.current_data, dict),
             "created": ago(record.created_at, now),
             "updated": ago(record.updated_at, now),
@@ -204,13 +221,26 @@ class EditingMixin(Base):
         return self.response_post_save_change(request, record)
 
 
-def _version_meant(request: HttpRequest, form: RecordForm) -> int:
-    """Return the version to write upon: the one that was opened, or the one that is to be overwritten."""
-    shown = request.POST.get(OVERWRITE, "")
-    return int(shown) if shown.isdecimal() and len(shown) < 20 else int(form.cleaned_data["version"])
+def _preview(record: FSMRecord, merge: Merge) -> dict[str, Any]:
+    """Return what saving would do to `record`, ready to be shown."""
+    changes = merge.changes
+    state = None
+    if changes.state is not KEEP:
+        state = badge(record.current_state), badge(changes.state)
+    return {
+        "state": state,
+        "data": [] if changes.data is KEEP else data_changes(record.current_data, changes.data),
+        "ttls": list(
+            told_ttls(noted(record, Changes(state_ttl=changes.state_ttl, data_ttl=changes.data_ttl)))
+        ),
+        "merged": merge.told() if merge.is_needed else "",
+    }
 
 
-def _field_at_fault(error: FSMStorageError) -> str | None:
+def _field_at_fault(error: FSMStorageError, form: RecordForm) -> str | None:
+    field = None
     if isinstance(error, InvalidState):
-        return "other_state"
-    return "data_json" if isinstance(error, InvalidData | InvalidDataType) else None
+        field = "other_state"
+    elif isinstance(error, InvalidData | InvalidDataType):
+        field = "data_json"
+    return field if field in form.fields else None

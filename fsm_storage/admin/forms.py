@@ -17,6 +17,7 @@ from fsm_storage.discovery import declared_states
 from fsm_storage.durations import HINT, parse_duration
 from fsm_storage.models import FSMRecord
 from fsm_storage.patches import KEEP, Keep
+from fsm_storage.rights import Rights
 
 NONE = "none"
 KEEP_TTL, NO_TTL, NEW_TTL = "keep", "never", "after"
@@ -95,11 +96,16 @@ def _duration(label: Any) -> forms.CharField:
     return forms.CharField(label=label, required=False, widget=forms.TextInput(attrs=attrs), help_text=HINT)
 
 
+STATE_FIELDS = ("opened_state", "state", "other_state", "state_ttl", "state_ttl_for")
+DATA_FIELDS = ("opened_data", "data_json", "data_patch", "data_ttl", "data_ttl_for")
+
+
 class RecordForm(forms.Form):
     """One conversation. `changes` says what differs from the version that was opened.
 
     That version's state and data travel in the form, so that what the user left alone can be left
     alone, also when it expired meanwhile, and a conflict can be shown from all three sides.
+    What the user has no right to change has no fields, and what is sent for it is not read.
     """
 
     version = forms.IntegerField(widget=forms.HiddenInput, min_value=0, max_value=2**63 - 1)
@@ -125,29 +131,50 @@ class RecordForm(forms.Form):
     data_ttl = _expiry_choice(gettext_lazy("Data expires"))
     data_ttl_for = _duration(gettext_lazy("Data expires in"))
 
-    changes = Changes()
-    yours: Any = None
+    data_patch = forms.CharField(widget=forms.HiddenInput, required=False, strip=False)
 
-    def __init__(self, record: FSMRecord, data: Any = None) -> None:
-        self.record = record
-        state, stored = record.current_state, record.current_data
-        text = pretty(stored)
+    changes = Changes()
+
+    def __init__(
+        self,
+        record: FSMRecord,
+        rights: Rights,
+        data: Any = None,
+        earlier: tuple[str | None, Any] | None = None,
+    ) -> None:
+        """`earlier` is a state and data to be filled in instead of those that are there."""
+        self.record, self.rights = record, rights
+        opened = record.current_state, record.current_data
+        state, content = earlier or opened
+        text = pretty(content)
         initial = {
             "version": record.version,
-            "opened_state": to_option(state),
-            "opened_data": compact(stored),
+            "opened_state": to_option(opened[0]),
+            "opened_data": compact(opened[1]) if rights.change_data else "",
             "state": to_option(state),
-            "data_json": text,
+            "data_json": text if rights.change_data else "",
         }
         super().__init__(data, initial=initial)
-        shown = data.get("data_json", text) if data else text
-        self.fields["data_json"].widget.attrs["rows"] = min(max(shown.count("\n") + 2, 6), 30)
-        self.fields["data_json"].widget.attrs["aria-describedby"] = "id_data_json_helptext"
+        for name in (*STATE_FIELDS * (not rights.change_state), *DATA_FIELDS * (not rights.change_data)):
+            del self.fields[name]
+        if rights.change_data:
+            shown = data.get("data_json", text) if data else text
+            self.fields["data_json"].widget.attrs["rows"] = min(max(shown.count("\n") + 2, 6), 30)
+            self.fields["data_json"].widget.attrs["aria-describedby"] = "id_data_json_helptext"
 
     @property
-    def opened(self) -> tuple[str | None, Any]:
-        """The state and the data of the version that was opened."""
-        return from_option(self.cleaned_data["opened_state"]), self.cleaned_data["opened_data"]
+    def opened_state_value(self) -> str | None:
+        return from_option(self.cleaned_data["opened_state"])
+
+    @property
+    def your_state(self) -> str | None:
+        """The state that the user wants, or the one that was opened."""
+        return self.opened_state_value if isinstance(self.changes.state, Keep) else self.changes.state
+
+    @property
+    def your_data(self) -> Any:
+        """The data that the user wants, or what was opened."""
+        return self.cleaned_data["opened_data"] if self.changes.data is KEEP else self.changes.data
 
     def clean_opened_data(self) -> Any:
         try:
@@ -157,6 +184,8 @@ class RecordForm(forms.Form):
 
     def clean_data_json(self) -> Any:
         text = self.cleaned_data["data_json"]
+        if self.data.get("data_patch"):
+            return KEEP  # an editor was at work, and sends what it changed
         try:
             if compact(read_json(text)) == compact(self.cleaned_data.get("opened_data")):
                 return KEEP  # also where it is no object: what is not changed need not be right
@@ -164,18 +193,41 @@ class RecordForm(forms.Form):
         except JSONTextError as error:
             raise ValidationError(_error_html(error)) from error
 
+    def clean_data_patch(self) -> Any:
+        """Return the opened data with the edited keys replaced: the others never left the server's hands."""
+        text, opened = self.cleaned_data["data_patch"], self.cleaned_data.get("opened_data")
+        if not text:
+            return KEEP
+        try:
+            patch = read_object(text)
+        except JSONTextError as error:
+            raise ValidationError(str(error)) from error
+        set_, unset = patch.get("set"), patch.get("unset")
+        if not (isinstance(set_, dict) and isinstance(unset, list) and isinstance(opened, dict)):
+            raise ValidationError(_("This page is incomplete. Open the conversation again."))
+        data = {key: value for key, value in opened.items() if key not in unset} | set_
+        return KEEP if compact(data) == compact(opened) else data
+
     def clean(self) -> dict[str, Any]:
         cleaned = cast("dict[str, Any]", super().clean())
-        if self.errors.keys() & {"version", "opened_state", "opened_data"}:
+        if self.errors.keys() & {"version", "opened_state", "opened_data", "data_patch"}:
             raise ValidationError(_("This page is incomplete. Open the conversation again."))
-        opened, chosen = cleaned["opened_state"], cleaned.get("other_state", "")
-        option = f"={chosen}" if chosen else cleaned.get("state") or opened
-        self.yours = from_option(option)
-        state: str | Keep | None = KEEP if option == opened else self.yours
-        state_ttl, data_ttl = _read_expiry(self, "state_ttl"), _read_expiry(self, "data_ttl")
-        self.changes = Changes(state, cleaned.get("data_json", KEEP), state_ttl, data_ttl)
+        patched = cleaned.get("data_patch", KEEP)
+        self.changes = Changes(
+            self._state(cleaned),
+            cleaned.get("data_json", KEEP) if patched is KEEP else patched,
+            _read_expiry(self, "state_ttl") if self.rights.change_state else KEEP,
+            _read_expiry(self, "data_ttl") if self.rights.change_data else KEEP,
+        )
         self._check_expiries()
         return cleaned
+
+    def _state(self, cleaned: dict[str, Any]) -> str | Keep | None:
+        if not self.rights.change_state:
+            return KEEP
+        opened, chosen = cleaned["opened_state"], cleaned.get("other_state", "")
+        option = f"={chosen}" if chosen else cleaned.get("state") or opened
+        return KEEP if option == opened else from_option(option)
 
     def _check_expiries(self) -> None:
         """Refuse an expiry for what is not there: it would be dropped without a word."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from django.contrib import admin, messages
-from django.contrib.auth import get_permission_codename
 from django.core.paginator import Paginator
 from django.db.models import QuerySet
 from django.http import HttpRequest
@@ -20,6 +19,7 @@ from fsm_storage.admin.changelist import BoundedPaginator, RecordChangeList, pag
 from fsm_storage.admin.editing import EditingMixin
 from fsm_storage.admin.presentation import ago, badge, clock_of, labelled, record_expiry
 from fsm_storage.models import FSMRecord, FSMRecordQuerySet
+from fsm_storage.rights import mask_for, rights_of
 from fsm_storage.search import HELP, SearchError, search
 
 if TYPE_CHECKING:
@@ -56,9 +56,14 @@ class RecordAdmin(EditingMixin, ActionsMixin, Base):
         """Never: a conversation begins with a message to the bot, not with a key typed by hand."""
         return False
 
-    def has_export_permission(self, request: HttpRequest) -> bool:
-        codename = get_permission_codename("export", self.opts)
-        return request.user.has_perm(f"{self.opts.app_label}.{codename}")
+    def has_view_permission(self, request: HttpRequest, obj: FSMRecord | None = None) -> bool:
+        return rights_of(request.user).view
+
+    def has_change_permission(self, request: HttpRequest, obj: FSMRecord | None = None) -> bool:
+        return rights_of(request.user).change
+
+    def has_delete_permission(self, request: HttpRequest, obj: FSMRecord | None = None) -> bool:
+        return rights_of(request.user).delete
 
     def get_queryset(self, request: HttpRequest) -> FSMRecordQuerySet:
         records: Any = super().get_queryset(request)
@@ -75,7 +80,7 @@ class RecordAdmin(EditingMixin, ActionsMixin, Base):
     ) -> tuple[QuerySet[FSMRecord], bool]:
         """Search as `search.search` does; what it cannot read finds nothing and says why."""
         try:
-            return search(queryset, search_term), False  # type: ignore[arg-type]
+            return search(queryset, search_term, mask_for(request.user)), False  # type: ignore[arg-type]
         except SearchError as error:
             self.message_user(request, str(error), messages.ERROR)
             return queryset.none(), False

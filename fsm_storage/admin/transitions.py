@@ -18,6 +18,7 @@ from fsm_storage.admin.changelist import BoundedPaginator, TransitionChangeList,
 from fsm_storage.admin.presentation import ago, badge, clock_of, instant, labelled, local
 from fsm_storage.durations import in_words
 from fsm_storage.models import FSMRecord, FSMTransition
+from fsm_storage.rights import rights_of
 
 if TYPE_CHECKING:
     Base = admin.ModelAdmin[FSMTransition]
@@ -96,6 +97,12 @@ class TransitionAdmin(Base):
 
     def has_delete_permission(self, request: HttpRequest, obj: FSMTransition | None = None) -> bool:
         return False
+
+    def get_fields(self, request: HttpRequest, obj: FSMTransition | None = None) -> Any:
+        fields = [str(field) for field in super().get_fields(request, obj)]
+        if rights_of(request.user).view_data:
+            return fields
+        return [name for name in fields if name not in ("data_before", "data_after")]
 
     def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest) -> bool:
         return lookup in {"alias", "key", "source__exact"}

@@ -67,7 +67,7 @@ def test_an_error_points_at_the_line(open_page, make_record):
 
 
 @pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "no scripts"])
-def test_a_conflict_shows_both_and_overwrites_only_when_told_to(open_page, make_record, scripts):
+def test_a_conflict_shows_both_and_each_clash_is_chosen(open_page, make_record, scripts):
     record = make_record(state="Order:item", data={"a": 1})
     page = open_page(page_of(record), java_script_enabled=scripts)
     page.select_option("#id_state", label="Order:payment")
@@ -77,11 +77,12 @@ def test_a_conflict_shows_both_and_overwrites_only_when_told_to(open_page, make_
     assert "Nothing was saved" in conflict.inner_text()
     assert "Support:waiting" in conflict.inner_text()
     assert page.locator("#id_state").input_value() == "=Order:payment"
-    # Enter presses the form's first button. It must not be the one that overwrites.
+    # Enter presses the form's first button. Without a choice it must not save.
     page.press("#id_other_state", "Enter")
     page.wait_for_selector(".fsm-conflict")
     assert FSMRecord.objects.get(pk=record.pk).state == "Support:waiting"
-    page.click("button[name=_overwrite]")
+    page.check("input[name=choice-state][value=yours]")
+    page.click("button[name=_save_merged]")
     page.wait_for_selector("#result_list")
     after = FSMRecord.objects.get(pk=record.pk)
     assert (after.state, after.data) == ("Order:payment", {"a": 2})
@@ -185,7 +186,8 @@ def test_what_is_stored_never_runs(open_page, make_record):
     record.edit(state="Order:item")
     page.click("input[name=_save]")
     page.wait_for_selector(".fsm-conflict")
-    page.click("button[name=_overwrite]")
+    page.check("input[name=choice-state][value=yours]")
+    page.click("button[name=_save_merged]")
     page.wait_for_selector("#result_list")
     page.goto(page.url.split("?")[0] + f"{record.pk}/history/")
     assert XSS in page.locator("#change-history").inner_text()

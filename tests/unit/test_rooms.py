@@ -14,7 +14,17 @@ ROOT = Path(fsm_storage.__file__).parent
 PURE = {"exceptions", "patches", "keys", "codec", "dialects"}
 CORE = {*PURE, "batching", "outbox", "models", "conf", "signals"}
 FIGURES = {"tallies", "rollup", "figures"}
-BELOW_ADMIN = {*CORE, *FIGURES, "backends", "lifecycle", "discovery", "durations", "search", "graph"}
+BELOW_ADMIN = {
+    *CORE,
+    *FIGURES,
+    "backends",
+    "lifecycle",
+    "discovery",
+    "durations",
+    "search",
+    "graph",
+    "rights",
+}
 
 # Each room, and the rooms that it may import. A new room has a line here, or the test fails.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -33,11 +43,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "figures": {"models", "tallies", "rollup", "discovery"},
     "discovery": set(),
     "durations": set(),
-    "search": {"models"},
+    "rights": set(),
+    "search": {"models", "rights"},
     "graph": {"models", "discovery"},
     "backends": CORE,
     "lifecycle": {*CORE, "backends", "rollup"},
-    "checks": {*CORE, "backends"},
+    "checks": {*CORE, "backends", "rights"},
     "apps": {"checks"},
     "admin": BELOW_ADMIN,
     "management": BELOW_ADMIN,
@@ -55,6 +66,7 @@ MUST_NOT_KNOW: dict[str, set[str]] = {
     "dialects": {"django", "asgiref", "asyncio", "threading", "time", "psycopg", "sqlite3"},
     "batching": {"django", "aiogram", "asgiref", "psycopg", "sqlite3"},
     "outbox": {"django", "redis", "asyncio", "threading", "time"},
+    "rights": {"aiogram", "asyncio", "asgiref"},
     "models": {"asyncio", "threading"},
     "testing": {"django", "psycopg"},
 }

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import Permission, User
 from django.db.models import JSONField, Value
 from django.db.models.functions import Now
@@ -16,9 +17,13 @@ from django.urls import reverse
 
 from fsm_storage.admin.forms import to_option
 from fsm_storage.admin.jsontext import compact, pretty
+from fsm_storage.admin.log import note_of
 from fsm_storage.models import FSMRecord
 
 LIST = "/admin/fsm_storage/fsmrecord/"
+AGENT = [
+    "view_fsmrecord", "view_data_fsmrecord", "change_state_fsmrecord", "change_data_fsmrecord", "bulk_fsmrecord",
+]  # fmt: skip
 XSS = "<script>alert(1)</script>"
 
 _numbers = itertools.count(1000)
@@ -81,7 +86,7 @@ def as_user(make_user: Callable[..., User]) -> Callable[..., Client]:
 @pytest.fixture
 def agent(as_user: Callable[..., Client]) -> Client:
     """A support agent, who may see and change conversations."""
-    return as_user("view_fsmrecord", "change_fsmrecord", "view_fsmtransition")
+    return as_user(*AGENT, "view_fsmtransition")
 
 
 def page_of(record: FSMRecord) -> str:
@@ -104,6 +109,11 @@ def form_of(record: FSMRecord, **changes: Any) -> dict[str, Any]:
         "_continue": "1",
     }
     return {**form, **changes}
+
+
+def note(**filters: Any) -> dict[str, Any]:
+    """Return what the one log entry says."""
+    return note_of(LogEntry.objects.get(**filters))
 
 
 def fresh(record: FSMRecord) -> FSMRecord:

@@ -1,9 +1,11 @@
 import pytest
 from django.contrib.admin.models import LogEntry
 
+from fsm_storage.admin import editing
 from fsm_storage.admin.comparing import data_differences
+from fsm_storage.admin.log import logged
 from fsm_storage.models import FSMRecord, FSMTransition
-from tests.web.conftest import XSS, form_of, fresh, html_of, messages_of, page_of
+from tests.web.conftest import XSS, form_of, fresh, html_of, messages_of, note, page_of
 
 
 @pytest.fixture
@@ -29,12 +31,12 @@ def test_the_page_shows_all_three_versions_and_keeps_the_input(agent, opened):
     record, form = opened
     response = agent.post(page_of(record), form)
     conflict = response.context["conflict"]
-    assert [tuple(key) for key in conflict["keys"]] == [
+    assert [tuple(key) for key, _choice in conflict["merge"].rows] == [
         ("a", "1", "3", "2"),
         ("b", "1", "3", "1"),
         ("c", "1", "1", "2"),
     ]
-    assert [key.clashes for key in conflict["keys"]] == [True, False, False]
+    assert [key.clashes for key, _choice in conflict["merge"].rows] == [True, False, False]
     assert "Order:size" in conflict["their_state"]
     assert "Order:payment" in conflict["your_state"]
     assert "Order:item" in conflict["opened_state"]
@@ -43,7 +45,9 @@ def test_the_page_shows_all_three_versions_and_keeps_the_input(agent, opened):
     assert kept["state"].value() == "=Order:payment"
     html = html_of(response)
     assert f'name="version" value="{form["version"]}"' in html
-    assert f'name="_overwrite" value="{record.version}"' in html
+    assert f'name="merging" value="{record.version}"' in html
+    assert html.count('type="radio"') == 4
+    assert 'name="choice:a"' in html
     assert "It was changed <time" in html
 
 
@@ -53,54 +57,129 @@ def test_saving_again_is_refused_again(agent, opened):
     assert agent.post(page_of(record), form).status_code == 409
 
 
-def test_overwriting_is_a_choice_and_replaces_what_the_user_changed(agent, opened):
+@pytest.mark.parametrize(
+    ("state", "a", "left"),
+    [
+        ("yours", "yours", ("Order:payment", {"a": 2, "b": 3, "c": 2})),
+        ("theirs", "theirs", ("Order:size", {"a": 3, "b": 3, "c": 2})),
+        ("yours", "theirs", ("Order:payment", {"a": 3, "b": 3, "c": 2})),
+    ],
+)
+def test_a_clash_ends_as_it_was_chosen_and_the_rest_is_merged(agent, opened, state, a, left):
     record, form = opened
-    response = agent.post(page_of(record), {**form, "_overwrite": record.version})
-    assert response.status_code == 302
+    choices = {"merging": record.version, "choice-state": state, "choice:a": a}
+    response = agent.post(page_of(record), {**form, **choices}, follow=True)
     after = fresh(record)
-    assert (after.state, after.data) == ("Order:payment", {"a": 2, "b": 1, "c": 2})
-    assert LogEntry.objects.get().change_message.startswith(
-        "State: Order:size → Order:payment. Data: a: 3 → 2"
+    assert (after.state, after.data) == left
+    assert any("both changes were put together" in message for message in messages_of(response))
+    assert ["c", "1", "2"] in note()["data"]
+    assert not any(key == "b" for key, _old, _new in note()["data"])
+
+
+@pytest.mark.parametrize("choices", [{"choice-state": "yours"}, {"choice:a": "yours"}, {"choice:a": "x"}])
+def test_every_clash_needs_a_choice(agent, opened, choices):
+    record, form = opened
+    assert agent.post(page_of(record), {**form, "merging": record.version, **choices}).status_code == 409
+    assert fresh(record).version == record.version
+
+
+def test_what_does_not_overlap_merges_by_itself(agent, make_record):
+    record = make_record(state="Order:item", data={"a": 1, "b": 1})
+    form = form_of(record, state="=Order:payment", data_json='{"a": 1, "b": 2, "mine": 5}')
+    record.edit(data={"a": 9, "b": 1, "theirs": 2**70}, source="bot")
+    response = agent.post(page_of(record), form, follow=True)
+    assert (fresh(record).state, fresh(record).data) == (
+        "Order:payment",
+        {"a": 9, "b": 2, "mine": 5, "theirs": 2**70},
     )
+    told = messages_of(response)[0]
+    assert "Kept from there: a, theirs." in told
+    assert "Yours: the state, b, mine." in told
 
 
-def test_overwriting_leaves_alone_what_the_user_did_not_change(agent, make_record):
+def test_a_key_removed_on_one_side_and_changed_on_the_other_clashes(agent, make_record):
+    record = make_record(data={"a": 1, "b": 1})
+    form = form_of(record, data_json='{"b": 1}')
+    record.edit(data={"a": 2, "b": 1}, source="bot")
+    assert agent.post(page_of(record), form).status_code == 409
+    agent.post(page_of(record), {**form, "merging": record.version, "choice:a": "yours"})
+    assert fresh(record).data == {"b": 1}
+
+
+def test_the_same_change_on_both_sides_is_no_clash(agent, make_record):
     record = make_record(state="Order:item", data={"a": 1})
-    form = form_of(record, state="=Order:payment")
-    record.edit(data={"a": 2})
-    agent.post(page_of(record), {**form, "_overwrite": record.version})
-    assert (fresh(record).state, fresh(record).data) == ("Order:payment", {"a": 2})
+    form = form_of(record, state="=Order:payment", data_json='{"a": 2}')
+    record.edit(state="Order:payment", data={"a": 2}, source="bot")
+    response = agent.post(page_of(record), form, follow=True)
+    assert messages_of(response) == ["The conversation is already as you want it."]
+    assert fresh(record).version == record.version
+    assert not LogEntry.objects.exists()
 
 
-@pytest.mark.parametrize("version", ["x", "-1", "9" * 30, "²"])
-def test_a_made_up_version_overwrites_nothing(agent, opened, version):
+def test_data_that_is_no_object_is_merged_as_a_whole(agent, make_record):
+    record = make_record(data=[1])
+    form = form_of(record, data_json='{"mended": true}')
+    FSMRecord.objects.filter(pk=record.pk).update(data=[2], version=8)
+    assert agent.post(page_of(record), form).status_code == 409
+    agent.post(page_of(record), {**form, "merging": 8, "choice:": "yours"})
+    assert fresh(record).data == {"mended": True}
+
+
+@pytest.mark.parametrize("version", ["x", "-1", "9" * 30, "²", ""])
+def test_choices_for_a_made_up_version_count_for_nothing(agent, opened, version):
     record, form = opened
-    assert agent.post(page_of(record), {**form, "_overwrite": version}).status_code == 409
+    choices = {"merging": version, "choice-state": "yours", "choice:a": "yours"}
+    assert agent.post(page_of(record), {**form, **choices}).status_code == 409
 
 
-def test_a_version_that_moved_again_is_not_overwritten(agent, opened):
+def test_choices_for_a_version_that_moved_again_count_for_nothing(agent, opened):
     record, form = opened
-    shown = record.version
+    choices = {"merging": record.version, "choice-state": "yours", "choice:a": "yours"}
     record.edit(state="Order:amount")
-    response = agent.post(page_of(record), {**form, "_overwrite": shown})
-    assert response.status_code == 409
+    assert agent.post(page_of(record), {**form, **choices}).status_code == 409
     assert fresh(record).state == "Order:amount"
 
 
-def test_a_change_between_reading_and_writing_is_a_conflict(agent, make_record, monkeypatch):
+@pytest.fixture
+def bot_is_quicker(monkeypatch):
+    """Let the bot change a record between the admin's reading and its writing, as often as is said."""
+
+    def arrange(record, *changes):
+        waiting = list(changes)
+
+        def late(user, notes):
+            if waiting:
+                FSMRecord.objects.get(pk=record.pk).edit(**waiting.pop(0), source="bot")
+            return logged(user, notes)
+
+        monkeypatch.setattr(editing, "logged", late)
+
+    return arrange
+
+
+def test_a_clashing_change_between_reading_and_writing_is_a_conflict(agent, make_record, bot_is_quicker):
     record = make_record(state="Order:item", data={"a": 1})
-    edit = FSMRecord.edit
-
-    def late(self, **changes):
-        monkeypatch.setattr(FSMRecord, "edit", edit)
-        FSMRecord.objects.get(pk=self.pk).edit(state="Order:size", source="bot")
-        return edit(self, **changes)
-
-    monkeypatch.setattr(FSMRecord, "edit", late)
+    bot_is_quicker(record, {"state": "Order:size"})
     response = agent.post(page_of(record), form_of(record, state="=Order:payment"))
     assert response.status_code == 409
-    assert "Order:size" in response.context["conflict"]["their_state"] or fresh(record).state == "Order:item"
-    assert fresh(record).state != "Order:payment"
+    assert "Order:size" in response.context["conflict"]["their_state"]
+    assert fresh(record).state == "Order:size"
+    assert not LogEntry.objects.exists()
+
+
+def test_other_changes_between_reading_and_writing_are_merged(agent, make_record, bot_is_quicker):
+    record = make_record(state="Order:item", data={"a": 1})
+    bot_is_quicker(record, {"data": {"a": 2}}, {"data": {"a": 3}})
+    agent.post(page_of(record), form_of(record, state="=Order:payment"))
+    assert (fresh(record).state, fresh(record).data) == ("Order:payment", {"a": 3})
+    assert LogEntry.objects.count() == 1
+
+
+def test_a_conversation_that_never_stands_still_is_shown_in_the_end(agent, make_record, bot_is_quicker):
+    record = make_record(state="Order:item", data={"a": 1})
+    bot_is_quicker(record, *({"data": {"a": number}} for number in range(2, 20)))
+    assert agent.post(page_of(record), form_of(record, state="=Order:payment")).status_code == 409
+    assert fresh(record).state == "Order:item"
     assert not LogEntry.objects.exists()
 
 

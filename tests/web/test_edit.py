@@ -7,7 +7,7 @@ from django.test import Client
 
 from fsm_storage.exceptions import StorageTimeout
 from fsm_storage.models import FSMRecord, FSMTransition
-from tests.web.conftest import LIST, XSS, form_of, fresh, html_of, messages_of, page_of
+from tests.web.conftest import AGENT, LIST, XSS, form_of, fresh, html_of, messages_of, note, page_of
 
 BIG = {
     "id": 2**63 + 1,
@@ -70,7 +70,8 @@ def test_a_state_is_set_with_a_transition_and_a_log_entry(agent, make_record):
     assert (transition.source, transition.actor) == ("admin", user.get_username())
     entry = LogEntry.objects.get()
     assert (entry.user, entry.object_id) == (user, str(record.pk))
-    assert entry.change_message == "State: Order:item → Order:payment."
+    assert note() == {"state": ["Order:item", "Order:payment"], "transition": transition.pk}
+    assert entry.get_change_message() == "Changed State: Order:item → Order:payment."
     assert "was changed successfully" in html_of(response)
     history = html_of(agent.get(f"{LIST}{record.pk}/history/"))
     assert "State: Order:item → Order:payment." in history
@@ -80,7 +81,7 @@ def test_no_state_can_be_chosen(agent, make_record):
     record = make_record(state="Order:item", data={"a": 1})
     save(agent, record, state="none")
     assert fresh(record).state is None
-    assert LogEntry.objects.get().change_message == "State: Order:item → no state."
+    assert note()["state"] == ["Order:item", None]
 
 
 def test_a_free_state_goes_before_the_choice_and_is_flagged(agent, make_record):
@@ -116,10 +117,10 @@ def test_data_is_replaced_exactly_and_logged_key_by_key(agent, make_record):
     assert after.data == {"keep": 2**70, "turn": 1.0, "new": [2**80]}
     assert isinstance(after.data["turn"], float)
     assert after.data_expires_at == record.data_expires_at
-    assert (
-        LogEntry.objects.get().change_message
-        == f'Data: drop: "x" removed; turn: 1 → 1.0; new: [{2**80}] added.'
-    )
+    assert note()["data"] == [
+        ["drop", '"x"', None], ["turn", "1", "1.0"], ["new", None, f"[\n  {2**80}\n]"],
+    ]  # fmt: skip
+    assert LogEntry.objects.get().get_change_message() == "Changed Data: drop, turn, new."
     assert not FSMTransition.objects.exists()
 
 
@@ -212,7 +213,7 @@ def test_a_time_to_expiry_is_changed_without_touching_the_values(agent, make_rec
     assert 7190 < seconds_left(record, "state") <= 7200
     assert after.data_expires_at is None
     assert not FSMTransition.objects.exists()
-    assert LogEntry.objects.get().change_message == "State expires: in 2 h. Data expires: never."
+    assert note() == {"state_ttl": 7200.0, "data_ttl": None}
 
 
 def test_a_typed_duration_is_enough(agent, make_record):
@@ -345,7 +346,7 @@ def test_a_conversation_that_is_gone(agent, make_record):
 
 def test_a_post_without_a_token_is_refused(make_user, make_record):
     client = Client(enforce_csrf_checks=True)
-    client.force_login(make_user("view_fsmrecord", "change_fsmrecord"))
+    client.force_login(make_user(*AGENT))
     record = make_record(state="Order:item", data={"a": 1})
     assert client.post(page_of(record), form_of(record, state="none")).status_code == 403
     assert (

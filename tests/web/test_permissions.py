@@ -2,7 +2,7 @@ import pytest
 from django.test import Client
 
 from fsm_storage.models import FSMRecord, FSMTransition
-from tests.web.conftest import LIST, XSS, form_of, fresh, html_of, page_of
+from tests.web.conftest import AGENT, LIST, XSS, form_of, fresh, html_of, page_of
 
 CHANGING = ["clear_state", "clear_all", "extend_ttl"]
 ACTIONS = [*CHANGING, "export_jsonl", "delete_selected"]
@@ -33,7 +33,7 @@ def test_anonymous_is_sent_to_the_login(record):
 
 
 def test_a_user_who_is_no_staff_is_sent_to_the_login(as_user, record):
-    client = as_user("view_fsmrecord", "change_fsmrecord", is_staff=False)
+    client = as_user(*AGENT, is_staff=False)
     for path in paths(record):
         assert client.get(path)["Location"].startswith("/admin/login/")
 
@@ -55,7 +55,7 @@ def test_who_may_view_gets_nothing_to_change(as_user, record):
     html = html_of(client.get(page_of(record)))
     body = html.split('id="content-main"')[1]
     assert "Order:</span>item" in body
-    assert "&quot;a&quot;: 1" in body
+    assert "&quot;a&quot;: &quot;•••&quot;" in body
     for tag in ("<textarea", "<select", '<input type="text"', '<input type="submit"', "_save", "deletelink"):
         assert tag not in body
     listed = html_of(client.get(LIST))
@@ -75,14 +75,22 @@ def test_who_may_view_cannot_post(as_user, record):
     assert fresh(record).version == record.version
 
 
+BULK = ["view_fsmrecord", "bulk_fsmrecord"]
+DATA = ["view_data_fsmrecord", "change_data_fsmrecord"]
+
+
 @pytest.mark.parametrize(
     ("permissions", "offered"),
     [
         (["view_fsmrecord"], set()),
-        (["view_fsmrecord", "change_fsmrecord"], {*CHANGING}),
+        (BULK, set()),
+        ([*BULK, "change_state_fsmrecord"], {"clear_state", "extend_ttl"}),
+        ([*BULK, "change_data_fsmrecord"], set()),
+        ([*BULK, *DATA], {"extend_ttl"}),
+        ([*BULK, *DATA, "change_state_fsmrecord"], {*CHANGING}),
+        (["view_fsmrecord", *DATA, "change_state_fsmrecord"], set()),
         (["view_fsmrecord", "export_fsmrecord"], {"export_jsonl"}),
         (["view_fsmrecord", "delete_fsmrecord"], {"delete_selected"}),
-        (["change_fsmrecord"], {*CHANGING}),
     ],
 )
 def test_actions_are_offered_and_done_only_with_their_permission(as_user, record, permissions, offered):
