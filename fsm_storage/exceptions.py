@@ -47,10 +47,26 @@ class StorageUnavailable(FSMStorageError, ConnectionError):
 
 
 class StorageClosed(FSMStorageError, RuntimeError):
-    """The storage was closed; make a new one."""
+    """The storage, or the event isolation, was closed; make a new one."""
 
-    def __init__(self) -> None:
-        super().__init__("the storage is closed")
+    def __init__(self, what: str = "storage") -> None:
+        super().__init__(f"the {what} is closed")
+
+
+class LeaseTimeout(FSMStorageError, TimeoutError):
+    """The key stayed locked by other handlers for the whole timeout. This one did not run."""
+
+    def __init__(self, key: str, waited: float) -> None:
+        super().__init__(f"lease on {key!r} not granted within {waited:.1f} s: other handlers hold it")
+        self.key, self.waited = key, waited
+
+
+class LeaseLost(FSMStorageError):
+    """The lease could not be renewed in time, so another handler may work on the key by now."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"lease on {key!r} lost: it ran out, or another handler has it")
+        self.key = key
 
 
 class InvalidKey(FSMStorageError, ValueError):

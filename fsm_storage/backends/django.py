@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
@@ -24,6 +24,7 @@ from fsm_storage.codec import Codec, Dumps, Loads
 from fsm_storage.dialects import (
     LOCKED,
     Cause,
+    Errand,
     History,
     Lapsed,
     Read,
@@ -44,6 +45,7 @@ from fsm_storage.patches import KEEP, Keep, Patch, Ttl, ttl_seconds
 from fsm_storage.signals import News
 
 T = TypeVar("T")
+Operation = Read | Write | Errand
 
 
 class Identified(Protocol):
@@ -114,8 +116,8 @@ class DjangoStorage(BaseStorage):
         self._telling = self._scope._replace(tells=True)
         self._session = Session(database, timeout)
         self._limits = {"timeout": timeout, "max_pending": max_pending, "batch_size": batch_size}
-        self._reads: Batcher[Read | Write, Any] | None = None
-        self._writes: Batcher[Read | Write, Any] | None = None
+        self._reads: Batcher[Operation, Any] | None = None
+        self._writes: Batcher[Operation, Any] | None = None
         self._starting = threading.Lock()
         self.closed = False
 
@@ -129,22 +131,22 @@ class DjangoStorage(BaseStorage):
 
         A wrong `ttl` raises `InvalidTtl` or `InvalidTtlType`, and nothing is written.
         """
-        text = self._text(key)
+        text = self.key_text(key)
         rule = self._state_ttl if ttl is KEEP else own_ttl(ttl, text)
         await self._write(Write(text, key, Patch(_state_text(state, text)), rule, self._data_ttl))
 
     async def get_state(self, key: StorageKey) -> str | None:
-        return cast("str | None", await self._read(Read(self._text(key))))
+        return cast("str | None", await self._read(Read(self.key_text(key))))
 
     async def set_data(self, key: StorageKey, data: Mapping[str, Any], ttl: TtlOption | Keep = KEEP) -> None:
         """Replace the data. `ttl`: how long it lives, in place of the storage's `data_ttl`; None: for ever."""
-        text = self._text(key)
+        text = self.key_text(key)
         rule = self._data_ttl if ttl is KEEP else own_ttl(ttl, text)
         patch = Patch(data=self.codec.encode(data, text))
         await self._write(Write(text, key, patch, self._state_ttl, rule))
 
     async def get_data(self, key: StorageKey) -> dict[str, Any]:
-        text = self._text(key)
+        text = self.key_text(key)
         return self.codec.decode(cast(str, await self._read(Read(text, data=True))), text)
 
     async def get_value(
@@ -160,7 +162,7 @@ class DjangoStorage(BaseStorage):
 
         `ttl`: how long the whole data lives from now, in place of the storage's `data_ttl`; None: for ever.
         """
-        text = self._text(key)
+        text = self.key_text(key)
         rule = self._data_ttl if ttl is KEEP else own_ttl(ttl, text)
         patch = Patch(merge=(self.codec.encode(data, text),))
         written: Written = await self._write(Write(text, key, patch, self._state_ttl, rule))
@@ -260,7 +262,21 @@ class DjangoStorage(BaseStorage):
             ]
             signals.hint(self.alias, written)
 
-    def _text(self, key: StorageKey) -> str:
+    def submit(self, op: Write | Errand) -> Awaitable[Any]:
+        """Carry out a write or an errand, in a batch with others of whichever kind."""
+        if self.in_transaction:
+            return self._now(op)
+        return (self._writes or self._start()[1]).submit(op)
+
+    async def finish(self, errands: Sequence[Errand]) -> None:
+        """Carry out errands of one kind, also after `close()`. Raises the first error."""
+        if self.in_transaction:
+            await sync_to_async(self._finish_here)(errands)
+        else:
+            await asyncio.to_thread(self._finish_apart, errands)
+
+    def key_text(self, key: StorageKey) -> str:
+        """Return the text by which `key` is known in the database. Raises `InvalidKey`, `InvalidKeyType`."""
         return record_key(key, self._key_builder)
 
     def _read(self, read: Read) -> Awaitable[Any]:
@@ -272,37 +288,45 @@ class DjangoStorage(BaseStorage):
         if signals.is_heard():
             # Shielded: a caller that is cancelled stops waiting, but what it wrote is told all the same.
             return asyncio.shield(self._write_and_tell(write))
-        return self._submit(write)
-
-    def _submit(self, write: Write) -> Awaitable[Any]:
-        if self.in_transaction:
-            return self._now(write)
-        return (self._writes or self._start()[1]).submit(write)
+        return self.submit(write)
 
     async def _write_and_tell(self, write: Write) -> Written:
-        written: Written = await self._submit(write)
+        written: Written = await self.submit(write)
         if written.change is not None:
             cause = self._scope.cause
             news = News(self.alias, write.parts, write.key, written.version, cause, written.change)
             await signals.atell(type(self), news)
         return written
 
-    async def _now(self, op: Read | Write) -> Any:
+    async def _now(self, op: Operation) -> Any:
         if self.closed:
             raise StorageClosed
-        reply = await sync_to_async(self._carry_out)(op)
+        reply = await sync_to_async(self._carry_out_here)(op)
         if isinstance(reply, BaseException):
             raise reply
         return reply
 
-    def _carry_out(self, op: Read | Write) -> Any:
+    def _carry_out_here(self, op: Operation) -> Any:
         if isinstance(op, Write):
             replies = self._session.write_here([op], self._scope._replace(tells=signals.is_heard()))
             self._hint([op], replies)
             return replies[0]
-        return self._session.read([op], self._scope, 0.0)[0]
+        return self._commit([op], 0.0)[0]
 
-    def _start(self) -> tuple[Batcher[Read | Write, Any], Batcher[Read | Write, Any]]:
+    def _finish_here(self, errands: Sequence[Errand]) -> None:
+        deadline = time.monotonic() + self._limits["timeout"]
+        for reply in self._session.carry_out(errands, self._scope, deadline) if errands else ():
+            if isinstance(reply, BaseException):
+                raise reply
+
+    def _finish_apart(self, errands: Sequence[Errand]) -> None:
+        """Do it on a connection that is closed afterwards, because nobody else looks after this thread's."""
+        try:
+            self._finish_here(errands)
+        finally:
+            self._session.release()
+
+    def _start(self) -> tuple[Batcher[Operation, Any], Batcher[Operation, Any]]:
         """Make the batchers, at the first operation: settings are not read earlier."""
         with self._starting:
             if self._writes is None or self._reads is None:
@@ -314,7 +338,7 @@ class DjangoStorage(BaseStorage):
                     self.shut()
             return self._reads, self._writes
 
-    def _batcher(self, what: str) -> Batcher[Read | Write, Any]:
+    def _batcher(self, what: str) -> Batcher[Operation, Any]:
         return Batcher(
             self._commit,
             key=_collision_key,
@@ -325,25 +349,39 @@ class DjangoStorage(BaseStorage):
             batch_size=int(self._limits["batch_size"]),
         )
 
-    def _commit(self, ops: Sequence[Read | Write], deadline: float) -> Replies[Any]:
-        reads = [op for op in ops if type(op) is Read]
-        writes = [op for op in ops if type(op) is Write]
-        if not writes:
-            return self._session.read(reads, self._scope, deadline)
-        scope = self._telling if signals.is_heard() else self._scope
-        answers = self._session.write(writes, scope, deadline)
-        self._hint(writes, answers)
-        written: Replies[Any] = answers
-        if LOCKED in answers:
-            written = [AGAIN if reply is LOCKED else reply for reply in answers]
-        if not reads:
-            return written
-        replies = {Read: iter(self._session.read(reads, self._scope, deadline)), Write: iter(written)}
+    def _commit(self, ops: Sequence[Operation], deadline: float) -> Replies[Any]:
+        kinds: dict[type[Operation], list[Any]] = {}
+        for op in ops:
+            kinds.setdefault(type(op), []).append(op)
+        # Writes before reads, so that a read sees them if both are on one connection.
+        if len(kinds) == 1:
+            return self._answer(type(ops[0]), ops, deadline)
+        reads = kinds.pop(Read, None)
+        replies = {kind: iter(self._answer(kind, some, deadline)) for kind, some in kinds.items()}
+        if reads:
+            replies[Read] = iter(self._answer(Read, reads, deadline))
         return [next(replies[type(op)]) for op in ops]
 
+    def _answer(self, kind: type[Operation], ops: Sequence[Any], deadline: float) -> Replies[Any]:
+        """Answer operations of one kind."""
+        if kind is Read:
+            return self._session.read(ops, self._scope, deadline)
+        if kind is not Write:
+            return self._session.carry_out(ops, self._scope, deadline)
+        scope = self._telling if signals.is_heard() else self._scope
+        replies = self._session.write(ops, scope, deadline)
+        self._hint(ops, replies)
+        if LOCKED not in replies:
+            return replies
+        return [AGAIN if reply is LOCKED else reply for reply in replies]
 
-def _collision_key(op: Read | Write) -> str | None:
-    return op.key if type(op) is Write else None
+
+def _collision_key(op: Operation) -> Hashable | None:
+    """Return what at most one operation of a batch may have; reads never collide."""
+    kind = type(op)
+    if kind is Write:
+        return op.key
+    return None if kind is Read else (kind, op.key)
 
 
 def _state_text(state: StateType, key: str) -> str | None:

@@ -27,6 +27,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from fsm_storage.dialects import (
     LOCKED,
     Dialect,
+    Errand,
     Plan,
     Read,
     ReadReply,
@@ -98,6 +99,13 @@ class Session:
             self._remember_contended(writes, replies)
         return replies
 
+    def carry_out(self, errands: Sequence[Errand], scope: Scope, deadline: float) -> Sequence[Any]:
+        """Carry out errands of one kind in one transaction and answer each, with an error too; never raises."""
+        plan = type(errands[0]).plan
+        return self._each(
+            errands, lambda unit, some: unit.run_committed(plan(unit.dialect, some, scope)), deadline
+        )
+
     def write_here(self, writes: Sequence[Write], scope: Scope) -> Sequence[WriteReply]:
         """Carry the writes out in the caller's transaction, or in one of their own; wait for locked rows.
 
@@ -120,6 +128,7 @@ class Session:
     def sweep(self, scope: Scope, limit: int, spared: Spared) -> Sweep:
         """Clear and delete up to `limit` of each kind."""
         deadline = time.monotonic() + self.timeout
+        self._retried(lambda unit: unit.run_committed(unit.dialect.sweep_leases(scope, limit)), deadline)
         return self._retried(
             lambda unit: unit.run_in_transaction(unit.dialect.sweep(scope, limit, spared)), deadline
         )
@@ -197,10 +206,8 @@ class Session:
 
     def _write(self, unit: _Unit, writes: Sequence[Write], scope: Scope) -> list[WriteReply]:
         lone = len(writes) == 1 and writes[0].key not in self._contended
-        plan = unit.dialect.write(writes, scope, lone=lone)
-        commits_itself = unit.dialect.write_begin is None and not unit.is_nested
         try:
-            return unit.run(plan) if commits_itself else unit.run_in_transaction(plan)
+            return unit.run_committed(unit.dialect.write(writes, scope, lone=lone))
         except OperationalError as error:
             if not unit.dialect.is_lock_timeout(*_facts(error)):
                 raise
@@ -302,6 +309,12 @@ class _Unit:
             return value
         finally:
             plan.close()
+
+    def run_committed(self, plan: Plan[T]) -> T:
+        """Run a plan of which all or nothing shall happen."""
+        if self.dialect.write_begin is None and not self.is_nested:
+            return self.run(plan)  # one statement, which commits itself
+        return self.run_in_transaction(plan)
 
     def run_in_transaction(self, plan: Plan[T]) -> T:
         with self.transaction():

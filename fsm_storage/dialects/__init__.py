@@ -6,7 +6,7 @@ drives it owns the connection and the transaction.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from datetime import datetime
 from importlib import import_module
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
@@ -134,6 +134,40 @@ LOCKED: Final = "locked"
 WriteReply: TypeAlias = Written | BaseException | Literal["locked"]
 
 
+class Errand(Protocol):
+    """An operation on another table than the records. Those of a kind in a batch are one plan.
+
+    Of a kind, a batch has at most one with the same `key`.
+    """
+
+    @property
+    def key(self) -> Hashable: ...
+
+    @staticmethod
+    def plan(dialect: Dialect, errands: Sequence[Any], scope: Scope) -> Plan[list[Any]]:
+        """Return the dialect's plan for them, which ends with one reply for each."""
+
+
+class Claim(NamedTuple):
+    """Take, renew or give back the lease on a key.
+
+    - Without a token: take it, if it is free, has run out, or is this owner's already.
+    - With the token: renew it, if it is still this owner's.
+    - With 0 seconds: give it back; without a token, whichever this owner has.
+
+    The reply is the token of the lease, None if nothing was done.
+    """
+
+    key: str
+    owner: str
+    seconds: float
+    token: int | None = None
+
+    @staticmethod
+    def plan(dialect: Dialect, errands: Sequence[Claim], scope: Scope) -> Plan[list[int | None]]:
+        return dialect.claim(errands, scope)
+
+
 class Dialect(Protocol):
     """One database family."""
 
@@ -161,6 +195,16 @@ class Dialect(Protocol):
 
     def sweep(self, scope: Scope, limit: int, spared: Spared = NOTHING_SPARED) -> Plan[Sweep]:
         """Clear up to `limit` expired states, and data, and delete idle records, but for what is `spared`."""
+
+    def claim(self, claims: Sequence[Claim], scope: Scope) -> Plan[list[int | None]]:
+        """Take, renew and give back leases on different keys. A constant number of statements.
+
+        A token is larger than any before it of the same key, also of leases that were given back and
+        are in the table no more. Only the database's clock counts; it is read before any waiting.
+        """
+
+    def sweep_leases(self, scope: Scope, limit: int) -> Plan[int]:
+        """Delete up to `limit` leases that ran out; return how many."""
 
     def session(self, timeout: float) -> Sequence[str]:
         """Return statements for a new connection of a worker thread."""

@@ -29,6 +29,7 @@ from fsm_storage.dialects import (
     WriteReply,
     Written,
 )
+from fsm_storage.dialects import postgresql_leases as leases
 from fsm_storage.dialects import postgresql_sql as sql
 from fsm_storage.exceptions import CorruptData, VersionConflict
 from fsm_storage.patches import EMPTY, KEEP, Patch
@@ -109,6 +110,8 @@ class PostgreSQL:
     write_begin = None
     binds_on_server = True
     prepares = True
+    claim = staticmethod(leases.claim)
+    sweep_leases = staticmethod(leases.sweep)
 
     def read(self, reads: Sequence[Read], scope: Scope) -> Plan[list[ReadReply]]:
         found: dict[bool, dict[str, Any]] = {}

@@ -18,6 +18,7 @@ from fsm_storage.dialects import (
     Write,
     WriteReply,
 )
+from fsm_storage.dialects import sqlite_leases as leases
 from fsm_storage.dialects.rows import Expired, Row, Work, lapsed_of
 from fsm_storage.patches import EMPTY
 
@@ -130,6 +131,8 @@ class SQLite:
     write_begin = "BEGIN IMMEDIATE"
     binds_on_server = False
     prepares = False
+    claim = staticmethod(leases.claim)
+    sweep_leases = staticmethod(leases.sweep)
 
     def read(self, reads: Sequence[Read], scope: Scope) -> Plan[list[ReadReply]]:
         replies: list[ReadReply] = [EMPTY if read.data else None for read in reads]

@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "search": {"models", "rights"},
     "graph": {"models", "discovery"},
     "backends": CORE,
+    "leases": {*PURE, "batching"},
     "lifecycle": {*CORE, "backends", "rollup"},
     "checks": {*CORE, "backends", "rights"},
     "apps": {"checks"},
