@@ -1,17 +1,22 @@
-"""System checks of `FSM_STORAGES` and `FSM_ADMIN`. Each backend brings those of its own options."""
+"""System checks: of `FSM_STORAGES` (backends bring those of their options), of `FSM_ADMIN`, of states in the tables."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from aiogram.fsm.storage.base import BaseStorage
 from django.apps import AppConfig
+from django.core import checks
 from django.core.checks import CheckMessage, Error
+from django.db import connections, router
 
 from fsm_storage.conf import storages, takes_alias
+from fsm_storage.discovery import Catalog, declared_states
 from fsm_storage.exceptions import InvalidStorageError
+from fsm_storage.models import FSMRecord
 from fsm_storage.rights import InvalidAdminError, check_options
 
 
@@ -65,3 +70,39 @@ def check_admin(app_configs: Sequence[AppConfig] | None = None, **kwargs: Any) -
         hint = 'For example FSM_ADMIN = {"MASK": ["phone", "*email*"], "READ_ONLY": False}'
         return [Error(str(error), hint=hint, id="fsm_storage.E020")]
     return []
+
+
+MAX_UNDECLARED = 10
+"""States that the warning names; there may be more."""
+
+
+def check_states(
+    app_configs: Sequence[AppConfig] | None = None, databases: Sequence[str] | None = None, **kwargs: Any
+) -> list[CheckMessage]:
+    """Warn of live conversations in states that no app declares: nothing handles them any more."""
+    declared = declared_states()
+    if not declared.states:  # nowhere that we know of
+        return []
+    messages: list[CheckMessage] = []
+    for using in databases or ():
+        if states := _undeclared(using, declared):
+            messages.append(
+                checks.Warning(
+                    f"Conversations in database {using!r} are in states that no app declares: "
+                    f"{', '.join(map(repr, states))}.",
+                    hint=f'If they were renamed, add RenameState({states[0]!r}, "…") to a migration. '
+                    "If they are declared outside of an app's states.py, import them there.",
+                    id="fsm_storage.W002",
+                )
+            )
+    return messages
+
+
+def _undeclared(using: str, declared: Catalog) -> list[str]:
+    connection, records = connections[using], FSMRecord.objects.using(using)
+    is_here = router.allow_migrate_model(using, FSMRecord)
+    if not is_here or FSMRecord._meta.db_table not in connection.introspection.table_names():
+        return []
+    found = records.states_in_use(len(declared.states) + 10 * MAX_UNDECLARED)
+    live = (state for state in found if state not in declared and records.in_state(state).exists())
+    return list(islice(live, MAX_UNDECLARED))

@@ -176,6 +176,36 @@ class NotEditable(FSMStorageError):
         self.alias, self.reason = alias, reason
 
 
+class MissingDependency(FSMStorageError, ImproperlyConfigured):
+    """A migration changes conversations, but may run before their tables are there."""
+
+    def __init__(self, app_label: str) -> None:
+        super().__init__(
+            f"a migration of {app_label!r} changes conversations: "
+            "add ('fsm_storage', '0001_initial') to its dependencies"
+        )
+        self.app_label = app_label
+
+
+class TransformFailed(FSMStorageError):
+    """The function of a `TransformData` failed for one conversation; nothing of its batch was written."""
+
+    def __init__(self, function: str, key: str, reason: str) -> None:
+        super().__init__(f"{function}() failed for {key!r}: {reason}; nothing of its batch was written")
+        self.function, self.key, self.reason = function, key, reason
+
+
+class StillInUse(FSMStorageError):
+    """Old states or data came up again and again while they were being renamed."""
+
+    def __init__(self, description: str, changed: int) -> None:
+        super().__init__(
+            f"{description}: {changed} were changed, and more come up all the time. A bot that runs the "
+            "old code writes them: stop it, and run the migration again, which goes on from here"
+        )
+        self.description, self.changed = description, changed
+
+
 def _of(key: str | None) -> str:
     return "" if key is None else f" of {key!r}"
 

@@ -34,7 +34,7 @@ from fsm_storage.dialects import (
     WriteReply,
     Written,
 )
-from fsm_storage.exceptions import InvalidState, InvalidStateType, StorageClosed
+from fsm_storage.exceptions import InvalidState, InvalidStateType, StorageClosed, VersionConflict
 from fsm_storage.keys import (
     MAX_ACTOR_LENGTH,
     MAX_STATE_LENGTH,
@@ -46,15 +46,21 @@ from fsm_storage.signals import News
 
 T = TypeVar("T")
 Operation = Read | Write | Errand
+STAY = Ttl(0.0, keep=True)
+"""A part keeps its expiry; if it has expired, it expires again at once."""
 
 
 class Identified(Protocol):
     """What `edit` needs of a record: its key, as text and taken apart."""
 
     key: str
+    version: int
 
     @property
     def storage_key(self) -> StorageKey: ...
+
+
+R = TypeVar("R", bound=Identified)
 
 
 class DjangoStorage(BaseStorage):
@@ -133,7 +139,7 @@ class DjangoStorage(BaseStorage):
         """
         text = self.key_text(key)
         rule = self._state_ttl if ttl is KEEP else own_ttl(ttl, text)
-        await self._write(Write(text, key, Patch(_state_text(state, text)), rule, self._data_ttl))
+        await self._write(Write(text, key, Patch(state_text(state, text)), rule, self._data_ttl))
 
     async def get_state(self, key: StorageKey) -> str | None:
         return cast("str | None", await self._read(Read(self.key_text(key))))
@@ -189,6 +195,34 @@ class DjangoStorage(BaseStorage):
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
 
+    def rewrite(
+        self, edits: Sequence[tuple[R, Mapping[str, Any]]], *, by: Any = None, source: str = "migration"
+    ) -> list[R]:
+        """Change records that are as they were read; return those that somebody wrote meanwhile.
+
+        Each edit is a record and its new `state`, `data`, or both. One transaction; when it raises,
+        nothing was written. What expired meanwhile stays expired. Synchronous.
+        """
+        writes = [
+            Write(record.key, record.storage_key, self._patch(record, **changes), STAY, STAY, record.version)
+            for record, changes in edits
+        ]
+        scope = self._scope._replace(cause=Cause(source, _actor(by)))
+        replies = self._session.write_here(writes, scope, conflicts_raise=False) if writes else []
+        return [
+            record
+            for (record, _), reply in zip(edits, replies, strict=True)
+            if isinstance(reply, VersionConflict)
+        ]
+
+    def _patch(
+        self, record: Identified, state: StateType | Keep = KEEP, data: Mapping[str, Any] | Keep = KEEP
+    ) -> Patch:
+        return Patch(
+            KEEP if state is KEEP else state_text(state, record.key),
+            KEEP if data is KEEP else self.codec.encode(data, record.key),
+        )
+
     def edit(
         self,
         records: Sequence[Identified],
@@ -205,13 +239,7 @@ class DjangoStorage(BaseStorage):
 
         See `FSMRecord.edit`, which is how to call it. All are changed or, when it raises, none.
         """
-        patches = [
-            Patch(
-                KEEP if state is KEEP else _state_text(state, record.key),
-                KEEP if data is KEEP else self.codec.encode(data, record.key),
-            )
-            for record in records
-        ]
+        patches = [self._patch(record, state, data) for record in records]
         state_rule, data_rule = _edit_ttl(state_ttl, self._state_ttl), _edit_ttl(data_ttl, self._data_ttl)
         versions: Sequence[int | None] = [None] * len(records) if if_versions is None else if_versions
         writes = [
@@ -384,7 +412,7 @@ def _collision_key(op: Operation) -> Hashable | None:
     return None if kind is Read else (kind, op.key)
 
 
-def _state_text(state: StateType, key: str) -> str | None:
+def state_text(state: StateType, key: str | None = None) -> str | None:
     """Return the text of a state, as aiogram does for a `State`; refuse what cannot be kept exactly."""
     if isinstance(state, State):
         state = state.state

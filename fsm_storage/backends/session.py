@@ -45,6 +45,7 @@ from fsm_storage.exceptions import (
     InvalidStorageError,
     NotMigrated,
     StorageUnavailable,
+    VersionConflict,
 )
 
 T = TypeVar("T")
@@ -106,10 +107,13 @@ class Session:
             errands, lambda unit, some: unit.run_committed(plan(unit.dialect, some, scope)), deadline
         )
 
-    def write_here(self, writes: Sequence[Write], scope: Scope) -> Sequence[WriteReply]:
+    def write_here(
+        self, writes: Sequence[Write], scope: Scope, *, conflicts_raise: bool = True
+    ) -> Sequence[WriteReply]:
         """Carry the writes out in the caller's transaction, or in one of their own; wait for locked rows.
 
-        Raises the first error, after undoing all of them.
+        Raises the first error, after undoing all of them. Without `conflicts_raise`, a write whose
+        record is at another version is answered with `VersionConflict`, and the others are done.
         """
         deadline = time.monotonic() + self.timeout
         attempt = 0
@@ -117,7 +121,13 @@ class Session:
             unit = self._unit()
             try:
                 with unit.transaction(wait=self.timeout):
-                    return self._until_done(unit, writes, scope, deadline)
+                    replies = self._until_done(unit, writes, scope, deadline)
+                    for reply in replies:
+                        if isinstance(reply, BaseException) and (
+                            conflicts_raise or not isinstance(reply, VersionConflict)
+                        ):
+                            raise reply
+                    return replies
             except (DataError, IntegrityError) as error:
                 raise _refused(writes[0].key if len(writes) == 1 else None, self.database, error) from error
             except Error as error:
@@ -233,9 +243,6 @@ class Session:
                 raise StorageUnavailable(self.database, TimeoutError("the records stayed locked"))
             found = unit.run(unit.dialect.write(missing, scope, wait=True))
             replies.update(zip((write.key for write in missing), found, strict=True))
-        for reply in replies.values():
-            if isinstance(reply, BaseException):
-                raise reply
         return [replies[write.key] for write in writes]
 
     def _remember_contended(self, writes: Sequence[Write], replies: Sequence[WriteReply]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import warnings
 from collections.abc import Callable
 
@@ -104,3 +105,30 @@ def _is_parent(pid: int) -> bool:
     if pid:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     return bool(pid)
+
+
+def talk_in_old_states(database: str, path: str, chats: int) -> None:
+    """Go through states that a migration renames meanwhile, until there is a file `path`.stop.
+
+    Notes each round of a chat when it is acknowledged.
+    """
+    note = notes(path)
+
+    async def talk(storage: DjangoStorage, chat: int) -> None:
+        n = 0
+        while not os.path.exists(f"{path}.stop"):
+            state = ("Form:name", "Form:age", "Other:state")[n % 3]
+            await storage.set_state(key_of(chat), state)
+            await storage.update_data(key_of(chat), {f"f{n}": n, "phone": chat})
+            note(f"{chat} {n} {state}")
+            n += 1
+            await asyncio.sleep(random.uniform(0, 0.5))
+
+    async def main() -> None:
+        storage = DjangoStorage(database, database=database, timeout=30)
+        async with asyncio.TaskGroup() as group:
+            for chat in range(chats):
+                group.create_task(talk(storage, chat))
+        await storage.close()
+
+    asyncio.run(main())

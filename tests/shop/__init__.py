@@ -1,0 +1,1 @@
+"""A throw-away app whose migrations change conversations; a test says which operations they have."""
