@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from django.apps import AppConfig
-from django.core.checks import register
+from django.core.checks import Tags, register
 from django.utils.translation import gettext_lazy as _
 
 
@@ -11,7 +11,8 @@ class FSMStorageConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from fsm_storage.checks import check_admin, check_storages
+        from fsm_storage.checks import check_admin, check_states, check_storages
 
         register(check_storages, "fsm_storage")
         register(check_admin, "fsm_storage")
+        register(check_states, Tags.database)

@@ -83,19 +83,18 @@ def check_states(
     declared = declared_states()
     if not declared.states:  # nowhere that we know of
         return []
-    messages: list[CheckMessage] = []
-    for using in databases or ():
-        if states := _undeclared(using, declared):
-            messages.append(
-                checks.Warning(
-                    f"Conversations in database {using!r} are in states that no app declares: "
-                    f"{', '.join(map(repr, states))}.",
-                    hint=f'If they were renamed, add RenameState({states[0]!r}, "…") to a migration. '
-                    "If they are declared outside of an app's states.py, import them there.",
-                    id="fsm_storage.W002",
-                )
-            )
-    return messages
+    found = {using: _undeclared(using, declared) for using in databases or ()}
+    return [_stranded(using, states) for using, states in found.items() if states]
+
+
+def _stranded(using: str, states: list[str]) -> CheckMessage:
+    return checks.Warning(
+        f"Conversations in database {using!r} are in states that no app declares: "
+        f"{', '.join(map(repr, states))}.",
+        hint=f'If they were renamed, add RenameState({states[0]!r}, "…") to a migration. '
+        "If they are declared outside of an app's states.py, import them there.",
+        id="fsm_storage.W002",
+    )
 
 
 def _undeclared(using: str, declared: Catalog) -> list[str]:

@@ -1,12 +1,13 @@
-"""The text by which a record is known, and the limits on the parts of a key. Pure."""
+"""The text by which a record is known, that of a state, and the limits on both. Pure."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from aiogram.fsm.storage.base import DEFAULT_DESTINY, KeyBuilder, StorageKey
+from aiogram.fsm.state import State
+from aiogram.fsm.storage.base import DEFAULT_DESTINY, KeyBuilder, StateType, StorageKey
 
-from fsm_storage.exceptions import InvalidKey, InvalidKeyType
+from fsm_storage.exceptions import InvalidKey, InvalidKeyType, InvalidState, InvalidStateType
 
 MAX_KEY_LENGTH = 512
 MAX_STATE_LENGTH = 255
@@ -101,6 +102,23 @@ def _check_text(part: str, value: object) -> None:
     flaw = text_flaw(value)
     if flaw:
         raise InvalidKey(part, value, flaw)
+
+
+def state_text(state: StateType, key: str | None = None) -> str | None:
+    """Return the text of a state, as aiogram does for a `State`; refuse what cannot be kept exactly."""
+    if isinstance(state, State):
+        state = state.state
+    if state is None:
+        return None
+    if not isinstance(state, str):
+        raise InvalidStateType(state, key)
+    if len(state) > MAX_STATE_LENGTH:
+        reason = f"has {len(state)} characters, over the limit of {MAX_STATE_LENGTH}"
+        raise InvalidState(state, reason, key)
+    flaw = text_flaw(state)
+    if flaw:
+        raise InvalidState(state, flaw, key)
+    return str.__str__(state)
 
 
 def text_flaw(text: str) -> str | None:

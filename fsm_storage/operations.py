@@ -16,7 +16,6 @@ from django.db.migrations.operations.base import Operation, OperationCategory
 from django.db.models import Q, QuerySet, TextField
 from django.db.models.functions import Cast
 
-from fsm_storage.backends.django import state_text
 from fsm_storage.codec import Codec
 from fsm_storage.conf import Editor, storages
 from fsm_storage.exceptions import (
@@ -26,6 +25,7 @@ from fsm_storage.exceptions import (
     TransformFailed,
     VersionConflict,
 )
+from fsm_storage.keys import state_text
 from fsm_storage.models import FSMRecord
 
 logger = logging.getLogger("fsm_storage")

@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
-from aiogram.fsm.state import State
 from aiogram.fsm.storage.base import BaseStorage, KeyBuilder, StateType, StorageKey
 from asgiref.sync import sync_to_async
 from django.core.checks import CheckMessage
@@ -34,13 +33,8 @@ from fsm_storage.dialects import (
     WriteReply,
     Written,
 )
-from fsm_storage.exceptions import InvalidState, InvalidStateType, StorageClosed, VersionConflict
-from fsm_storage.keys import (
-    MAX_ACTOR_LENGTH,
-    MAX_STATE_LENGTH,
-    record_key,
-    text_flaw,
-)
+from fsm_storage.exceptions import StorageClosed, VersionConflict
+from fsm_storage.keys import MAX_ACTOR_LENGTH, record_key, state_text
 from fsm_storage.patches import KEEP, Keep, Patch, Ttl, ttl_seconds
 from fsm_storage.signals import News
 
@@ -207,8 +201,7 @@ class DjangoStorage(BaseStorage):
             Write(record.key, record.storage_key, self._patch(record, **changes), STAY, STAY, record.version)
             for record, changes in edits
         ]
-        scope = self._scope._replace(cause=Cause(source, _actor(by)))
-        replies = self._session.write_here(writes, scope, conflicts_raise=False) if writes else []
+        replies = self._write_here(writes, Cause(source, _actor(by)), conflicts_raise=False)
         return [
             record
             for (record, _), reply in zip(edits, replies, strict=True)
@@ -246,11 +239,17 @@ class DjangoStorage(BaseStorage):
             Write(record.key, record.storage_key, patch, state_rule, data_rule, version)
             for record, patch, version in zip(records, patches, versions, strict=True)
         ]
-        scope = self._scope._replace(cause=Cause(source, _actor(by)), tells=signals.is_heard())
-        replies = self._session.write_here(writes, scope)
-        if scope.tells or signals.hints:
-            self._session.after_commit(partial(self._announce, writes, replies, scope.cause))
+        replies = self._write_here(writes, Cause(source, _actor(by)))
         return sum(isinstance(reply, Written) and reply.version is not None for reply in replies)
+
+    def _write_here(
+        self, writes: Sequence[Write], cause: Cause, *, conflicts_raise: bool = True
+    ) -> Sequence[WriteReply]:
+        scope = self._scope._replace(cause=cause, tells=signals.is_heard())
+        replies = self._session.write_here(writes, scope, conflicts_raise=conflicts_raise)
+        if scope.tells or signals.hints:
+            self._session.after_commit(partial(self._announce, writes, replies, cause))
+        return replies
 
     def sweep(self, limit: int = 1000) -> tuple[int, int, int]:
         """Clear up to `limit` expired states and as many data, and delete the records left idle.
@@ -410,23 +409,6 @@ def _collision_key(op: Operation) -> Hashable | None:
     if kind is Write:
         return op.key
     return None if kind is Read else (kind, op.key)
-
-
-def state_text(state: StateType, key: str | None = None) -> str | None:
-    """Return the text of a state, as aiogram does for a `State`; refuse what cannot be kept exactly."""
-    if isinstance(state, State):
-        state = state.state
-    if state is None:
-        return None
-    if not isinstance(state, str):
-        raise InvalidStateType(state, key)
-    if len(state) > MAX_STATE_LENGTH:
-        reason = f"has {len(state)} characters, over the limit of {MAX_STATE_LENGTH}"
-        raise InvalidState(state, reason, key)
-    flaw = text_flaw(state)
-    if flaw:
-        raise InvalidState(state, flaw, key)
-    return str.__str__(state)
 
 
 def _edit_ttl(ttl: TtlOption | Keep, default: Ttl) -> Ttl:

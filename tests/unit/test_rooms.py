@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backends": CORE,
     "leases": {*PURE, "batching"},
     "lifecycle": {*CORE, "backends", "rollup"},
-    "operations": {*CORE, "backends"},
+    "operations": CORE,
     "checks": {*CORE, "backends", "discovery", "rights"},
     "apps": {"checks"},
     "admin": BELOW_ADMIN,
