@@ -15,13 +15,12 @@ from django.utils.decorators import method_decorator
 from django.utils.translation import gettext as _
 from django.views.decorators.csrf import csrf_exempt, csrf_protect
 
-from fsm_storage.admin.comparing import data_changes
 from fsm_storage.admin.forms import Changes, RecordForm
-from fsm_storage.admin.jsontext import pretty
-from fsm_storage.admin.log import logged, noted, told_ttls
+from fsm_storage.admin.jsontext import compact
+from fsm_storage.admin.log import logged, noted
 from fsm_storage.admin.merging import Merge
-from fsm_storage.admin.presentation import ago, badge, clock_of, expiry
-from fsm_storage.admin.transitions import timeline
+from fsm_storage.admin.page import facts, preview
+from fsm_storage.admin.presentation import ago, badge, clock_of, local
 from fsm_storage.discovery import declared_states
 from fsm_storage.exceptions import (
     FSMStorageError,
@@ -30,9 +29,9 @@ from fsm_storage.exceptions import (
     InvalidState,
     VersionConflict,
 )
-from fsm_storage.models import FSMRecord
+from fsm_storage.models import FSMRecord, FSMTransition
 from fsm_storage.patches import KEEP
-from fsm_storage.rights import mask_for, rights_of
+from fsm_storage.rights import rights_of
 
 if TYPE_CHECKING:
     from django.contrib.admin import ModelAdmin
@@ -42,7 +41,7 @@ else:
     Base = object
 
 PREVIEW = "_preview"
-TIMELINE_LENGTH = 50
+RESTORE = "restore"
 TRIES = 3
 """How often a change is laid over a conversation that moves on meanwhile, before a person is asked."""
 
@@ -84,7 +83,31 @@ class EditingMixin(Base):
         record = self._find(request, object_id)
         if not self.has_view_or_change_permission(request, record):
             raise PermissionDenied
-        return self._gone(request, object_id) if record is None else self._render(request, record)
+        if record is None:
+            return self._gone(request, object_id)
+        if RESTORE in request.GET and rights_of(request.user).change:
+            return self._restore(request, record)
+        return self._render(request, record)
+
+    def _restore(self, request: HttpRequest, record: FSMRecord) -> HttpResponse:
+        """Show the form filled in with an earlier point, and what saving it would change."""
+        rights, asked = rights_of(request.user), request.GET[RESTORE]
+        point = None
+        if asked.isascii() and asked.isdigit() and len(asked) < 19:
+            point = FSMTransition.objects.of(record).filter(pk=int(asked), data_after__isnull=False).first()
+        data = point.data_after if point else None
+        if point is None or not isinstance(data, dict) or not (rights.change_state and rights.change_data):
+            text = _(
+                "This point cannot be restored: the history does not have its data, or you may not change it."
+            )
+            return self._render(request, record, extra={"page_error": text})
+        changes = Changes(
+            KEEP if point.to_state == record.current_state else point.to_state,
+            KEEP if compact(data) == compact(record.current_data) else data,
+        )
+        told = _("This brings back how it was at %(time)s.") % {"time": local(point.at)}
+        form = RecordForm(record, rights, earlier=(point.to_state, data))
+        return self._render(request, record, form, {"preview": preview(record, changes, told)})
 
     def _save(
         self, request: HttpRequest, record: FSMRecord, form: RecordForm, tries: int = TRIES
@@ -94,7 +117,8 @@ class EditingMixin(Base):
         if merge.clashes or not tries:
             return self._conflict(request, record, form, merge)
         if PREVIEW in request.POST:
-            return self._render(request, record, form, {"preview": _preview(record, merge)})
+            shown = preview(record, merge.changes, merge.told() if merge.is_needed else "")
+            return self._render(request, record, form, {"preview": shown})
         if not merge.changes:
             self.message_user(request, _("The conversation is already as you want it."), messages.INFO)
             return self._done(request, record)
@@ -161,29 +185,10 @@ class EditingMixin(Base):
             "preserved_filters": self.get_preserved_filters(request),
             "can_change": can_change,
             "rights": rights,
-            **self._facts(request, record),
+            **facts(request, record),
             **(extra or {}),
         }
         return self.render_change_form(request, context, change=True, obj=record)
-
-    def _facts(self, request: HttpRequest, record: FSMRecord) -> dict[str, Any]:
-        now, state, mask = clock_of(record), record.current_state, mask_for(request.user)
-        rows = timeline(record, TIMELINE_LENGTH + 1)
-        return {
-            "state_badge": badge(state),
-            "is_undeclared": state is not None and state not in declared_states(),
-            "state_expiry": expiry(record.state_expires_at, now) if record.state is not None else "",
-            "expired_state": badge(record.state) if state is None and record.state is not None else "",
-            "data_expiry": "" if record.data == {} else expiry(record.data_expires_at, now),
-            "data_text": pretty(mask.over(record.current_data)),
-            "is_masked": bool(mask),
-            "data_is_object": isinstance(record.current_data, dict),
-            "created": ago(record.created_at, now),
-            "updated": ago(record.updated_at, now),
-            "timeline": rows[:TIMELINE_LENGTH],
-            "has_older": len(rows) > TIMELINE_LENGTH,
-            "can_see_transitions": request.user.has_perm("fsm_storage.view_fsmtransition"),
-        }
 
     def _find(self, request: HttpRequest, object_id: str) -> FSMRecord | None:
         return self.get_object(request, unquote(object_id))
@@ -217,24 +222,8 @@ class EditingMixin(Base):
 
     def _done(self, request: HttpRequest, record: FSMRecord) -> HttpResponse:
         if "_continue" in request.POST:
-            return HttpResponseRedirect(request.get_full_path())
+            return HttpResponseRedirect(request.path)
         return self.response_post_save_change(request, record)
-
-
-def _preview(record: FSMRecord, merge: Merge) -> dict[str, Any]:
-    """Return what saving would do to `record`, ready to be shown."""
-    changes = merge.changes
-    state = None
-    if changes.state is not KEEP:
-        state = badge(record.current_state), badge(changes.state)
-    return {
-        "state": state,
-        "data": [] if changes.data is KEEP else data_changes(record.current_data, changes.data),
-        "ttls": list(
-            told_ttls(noted(record, Changes(state_ttl=changes.state_ttl, data_ttl=changes.data_ttl)))
-        ),
-        "merged": merge.told() if merge.is_needed else "",
-    }
 
 
 def _field_at_fault(error: FSMStorageError, form: RecordForm) -> str | None:

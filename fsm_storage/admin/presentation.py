@@ -51,10 +51,18 @@ def local(at: datetime) -> str:
     return (timezone.localtime(at) if timezone.is_aware(at) else at).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def instant(at: datetime, words: str) -> SafeString:
-    """Return `words` with the exact time behind them."""
+def instant(at: datetime, words: str, left: timedelta | None = None) -> SafeString:
+    """Return `words` with the exact time behind them; a script counts `left` down where there is one."""
     title = f"{local(at)} {timezone.get_current_timezone_name()}"
-    return format_html('<time datetime="{}" title="{}">{}</time>', at.isoformat(), title, words)
+    if left is None:
+        return format_html('<time datetime="{}" title="{}">{}</time>', at.isoformat(), title, words)
+    return format_html(
+        '<time datetime="{}" title="{}" data-fsm-left="{}">{}</time>',
+        at.isoformat(),
+        title,
+        int(left.total_seconds()),
+        words,
+    )
 
 
 def ago(at: datetime, now: datetime) -> SafeString:
@@ -71,7 +79,7 @@ def expiry(at: datetime | None, now: datetime) -> SafeString:
     if at <= now:
         words = _("expired %(time)s ago") % {"time": in_words(now - at)}
         return format_html('<span class="fsm-past">{}</span>', instant(at, words))
-    element = instant(at, _("in %(time)s") % {"time": in_words(at - now)})
+    element = instant(at, _("in %(time)s") % {"time": in_words(at - now)}, at - now)
     return (
         format_html('<span class="fsm-soon">{}</span>', element) if at - now < timedelta(hours=1) else element
     )

@@ -1,9 +1,8 @@
-"""How conversations got where they are: a timeline for one, and a list of all. Nothing is changed here."""
+"""The list of all changes of all conversations. Nothing is changed here."""
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from django.contrib import admin
 from django.core.paginator import Paginator
@@ -15,61 +14,15 @@ from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 
 from fsm_storage.admin.changelist import BoundedPaginator, TransitionChangeList, page_asked
-from fsm_storage.admin.presentation import ago, badge, clock_of, instant, labelled, local
-from fsm_storage.durations import in_words
-from fsm_storage.models import FSMRecord, FSMTransition
+from fsm_storage.admin.presentation import instant, labelled, local
+from fsm_storage.admin.timeline import change
+from fsm_storage.models import FSMTransition
 from fsm_storage.rights import rights_of
 
 if TYPE_CHECKING:
     Base = admin.ModelAdmin[FSMTransition]
 else:
     Base = admin.ModelAdmin
-
-
-class Step(NamedTuple):
-    """A row of the timeline, ready to be shown."""
-
-    when: SafeString
-    exactly: str
-    change: SafeString
-    source: str
-    actor: str
-    dwell: str
-    is_newest: bool
-
-
-def timeline(record: FSMRecord, limit: int) -> list[Step]:
-    """Return the record's last `limit` changes, newest first."""
-    found = FSMTransition.objects.of(record).defer("data_before", "data_after")[:limit]
-    now, steps = clock_of(record), []
-    until: datetime | None = None
-    for transition in found:
-        span = in_words((until or now) - transition.at)
-        is_newest = until is None
-        steps.append(
-            Step(
-                ago(transition.at, now),
-                local(transition.at),
-                change(transition),
-                transition.get_source_display(),
-                transition.actor,
-                _("%(time)s so far") % {"time": span} if is_newest else span,
-                is_newest,
-            )
-        )
-        until = transition.at
-    return steps
-
-
-def change(transition: FSMTransition) -> SafeString:
-    """Return what changed, as badges."""
-    if transition.from_state == transition.to_state:
-        return format_html(
-            '{} <span class="fsm-quiet">{}</span>', badge(transition.to_state), _("data changed")
-        )
-    return format_html(
-        '{} <span class="fsm-arrow">→</span> {}', badge(transition.from_state), badge(transition.to_state)
-    )
 
 
 @admin.register(FSMTransition)

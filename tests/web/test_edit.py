@@ -297,39 +297,13 @@ def test_a_failing_database_is_a_message_and_nothing_is_saved(agent, make_record
     assert not LogEntry.objects.exists()
 
 
-def test_the_timeline_tells_how_it_got_here(agent, make_record):
-    record = make_record(state="Order:item", data={})
-    for state in ("=Order:size", "=Order:payment", "none"):
-        save(agent, fresh(record), state=state)
-    steps = agent.get(page_of(record)).context["timeline"]
-    assert [step.is_newest for step in steps] == [True, False, False]
-    assert "Order:payment" in steps[0].change
-    assert "no state" in steps[0].change
-    assert steps[0].dwell.endswith("so far")
-    assert steps[0].source == "admin"
-
-
-def test_a_long_timeline_is_cut_with_a_link_to_the_rest(agent, make_record):
-    record = make_record(state="Order:item", key='a&b=c"<')
-    FSMTransition.objects.bulk_create(
-        FSMTransition(alias="default", key=record.key, bot_id=1, chat_id=1, user_id=1, to_state=f"Order:{i}")
-        for i in range(60)
-    )
-    response = agent.get(page_of(record))
-    assert len(response.context["timeline"]) == 50
-    assert "The last 50 changes are shown." in html_of(response)
-    url = "/admin/fsm_storage/fsmtransition/?alias=default&amp;key=a%26b%3Dc%22%3C"
-    assert url in html_of(response)
-    assert agent.get(url.replace("&amp;", "&")).context["cl"].result_count == 60
-
-
 def test_opening_a_page_takes_a_constant_number_of_queries(agent, make_record, django_assert_max_num_queries):
     record = make_record(state="Order:item")
     FSMTransition.objects.bulk_create(
         FSMTransition(alias="default", key=record.key, bot_id=1, chat_id=1, user_id=1, to_state=f"Order:{i}")
         for i in range(200)
     )
-    with django_assert_max_num_queries(8):
+    with django_assert_max_num_queries(10):
         agent.get(page_of(record))
 
 
