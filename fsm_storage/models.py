@@ -191,6 +191,16 @@ class FSMRecordQuerySet(models.QuerySet["FSMRecord"]):
             found.append(state)
         return found
 
+    def count_in_state(self, state: str, bot_id: int | None, limit: int) -> tuple[int, int]:
+        """Count the records in a state now, of one bot or of all, among the first `limit` + 1 that the index has.
+
+        Returns how many were looked at, and how many of them count.
+        """
+        counts = _state_is_live() if bot_id is None else _state_is_live() & Q(bot_id=bot_id)
+        looked_at = self.filter(state=state).order_by()[: limit + 1]
+        found = looked_at.aggregate(looked=Count("pk"), live=Count("pk", filter=counts))
+        return found["looked"], found["live"]
+
     def bots_seen(self, sample: int) -> list[int]:
         """The bots among the `sample` records that changed last."""
         return sorted(set(self.order_by("-updated_at").values_list("bot_id", flat=True)[:sample]))

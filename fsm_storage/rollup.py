@@ -24,6 +24,7 @@ from fsm_storage.models import FSMTransition
 from fsm_storage.tallies import FSMHourlyMove, FSMHourlyPath, FSMRollupMark, FSMRun
 
 UNKNOWN_SPAN = -1
+SPAN_GROWTH = math.sqrt(2)
 MAX_ENTRIES = 32
 """A run's path ends here: each further state would be counted with all those before it."""
 
@@ -88,9 +89,9 @@ def hour_of(at: datetime) -> datetime:
 
 
 def span_of(time: timedelta) -> int:
-    """Return the class of a time: 0 under a second, then one for each doubling."""
+    """Return the class of a time: 0 under a second, then a new one whenever it has grown by `SPAN_GROWTH`."""
     seconds = time.total_seconds()
-    return 0 if seconds < 1 else 1 + int(math.log2(seconds))
+    return 0 if seconds < 1 else 1 + int(math.log(seconds, SPAN_GROWTH))
 
 
 def number_of(*parts: Any) -> UUID:

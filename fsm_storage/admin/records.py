@@ -17,6 +17,8 @@ from fsm_storage.admin import filters
 from fsm_storage.admin.actions import ActionsMixin
 from fsm_storage.admin.changelist import BoundedPaginator, RecordChangeList, page_asked
 from fsm_storage.admin.editing import EditingMixin
+from fsm_storage.admin.funnels import FunnelMixin
+from fsm_storage.admin.mapping import MappingMixin
 from fsm_storage.admin.presentation import ago, badge, clock_of, labelled, record_expiry
 from fsm_storage.models import FSMRecord, FSMRecordQuerySet
 from fsm_storage.rights import mask_for, rights_of
@@ -29,7 +31,7 @@ else:
 
 
 @admin.register(FSMRecord)
-class RecordAdmin(EditingMixin, ActionsMixin, Base):
+class RecordAdmin(EditingMixin, ActionsMixin, FunnelMixin, MappingMixin, Base):
     """Find a conversation, see where it is and how it got there, mend it without stepping on the bot."""
 
     list_display = ["chat", "user", "state_now", "expires", "changed", "bot"]

@@ -13,7 +13,7 @@ import fsm_storage
 ROOT = Path(fsm_storage.__file__).parent
 PURE = {"exceptions", "patches", "keys", "codec", "dialects"}
 CORE = {*PURE, "batching", "outbox", "models", "conf", "signals"}
-FIGURES = {"tallies", "rollup", "figures"}
+FIGURES = {"tallies", "rollup", "figures", "layout", "statemap", "picture"}
 BELOW_ADMIN = {
     *CORE,
     *FIGURES,
@@ -40,7 +40,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tallies": {"keys"},
     "models": {"exceptions", "keys", "patches", "conf", "tallies"},
     "rollup": {"models", "tallies"},
-    "figures": {"models", "tallies", "rollup", "discovery"},
+    "figures": {"models", "tallies", "rollup", "graph"},
+    "layout": set(),
+    "statemap": {"models", "discovery", "figures", "graph"},
+    "picture": {"discovery", "durations", "layout", "statemap"},
     "discovery": set(),
     "durations": set(),
     "rights": set(),
@@ -70,6 +73,7 @@ MUST_NOT_KNOW: dict[str, set[str]] = {
     "outbox": {"django", "redis", "asyncio", "threading", "time"},
     "rights": {"aiogram", "asyncio", "asgiref"},
     "models": {"asyncio", "threading"},
+    "layout": {"django", "aiogram", "asyncio", "threading", "time"},
     "testing": {"django", "psycopg"},
 }
 
