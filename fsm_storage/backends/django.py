@@ -302,6 +302,28 @@ class DjangoStorage(BaseStorage):
         else:
             await asyncio.to_thread(self._finish_apart, errands)
 
+    async def move_chat(self, bot_id: int, old: int, new: int) -> int:
+        """Give this bot's conversations in chat `old` to chat `new`, all in one transaction; return how many.
+
+        To be called again at will: nothing is left to move. What happens where both chats have a
+        conversation of one user is said in `Mover.move`. A cancelled caller stops waiting.
+        """
+        if self.closed:
+            raise StorageClosed
+        move_here = sync_to_async(self._move_here, thread_sensitive=self.in_transaction)
+        return await asyncio.shield(move_here(bot_id, old, new))
+
+    def _move_here(self, bot_id: int, old: int, new: int) -> int:
+        from fsm_storage.backends.moving import ChatMove, Mover  # which needs the models
+
+        write = partial(self._write_here, cause=Cause("move"))
+        mover = Mover(self.database, self._scope, self.key_text, write)
+        try:
+            return self._session.atomically(partial(mover.move, ChatMove(bot_id, old, new)))
+        finally:
+            if not self.in_transaction:
+                self._session.release()
+
     def key_text(self, key: StorageKey) -> str:
         """Return the text by which `key` is known in the database. Raises `InvalidKey`, `InvalidKeyType`."""
         return record_key(key, self._key_builder)

@@ -135,6 +135,17 @@ class Session:
                     raise self._translate(error) from error
                 attempt += 1
 
+    def atomically(self, work: Callable[[], T]) -> T:
+        """Do work through the ORM in a transaction, anew after a fault that may pass. It must begin with a write."""
+
+        def run(unit: _Unit) -> T:
+            with transaction.atomic(using=self.database):
+                for sql in unit.dialect.lock_limits(self.timeout):
+                    unit.execute(sql)
+                return work()
+
+        return self._retried(run, time.monotonic() + self.timeout)
+
     def sweep(self, scope: Scope, limit: int, spared: Spared) -> Sweep:
         """Clear and delete up to `limit` of each kind."""
         deadline = time.monotonic() + self.timeout

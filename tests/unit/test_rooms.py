@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "leases": {*PURE, "batching"},
     "lifecycle": {*CORE, "backends", "rollup"},
     "operations": CORE,
+    "chats": set(),
     "checks": {*CORE, "backends", "discovery", "rights"},
     "apps": {"checks"},
     "admin": BELOW_ADMIN,
