@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from fsm_storage.backends.context import with_ttl
     from fsm_storage.backends.django import DjangoStorage
+    from fsm_storage.backends.redis import RedisStorage
     from fsm_storage.conf import storages
     from fsm_storage.keys import RecordKeyBuilder
     from fsm_storage.patches import KEEP
@@ -29,6 +30,7 @@ __all__ = [
     "KeyBuilder",
     "MemoryStorage",
     "RecordKeyBuilder",
+    "RedisStorage",
     "StorageKey",
     "storages",
     "with_ttl",
@@ -42,6 +44,7 @@ _HOMES = {
     "KeyBuilder": "aiogram.fsm.storage.base",
     "MemoryStorage": "aiogram.fsm.storage.memory",
     "RecordKeyBuilder": "fsm_storage.keys",
+    "RedisStorage": "fsm_storage.backends.redis",
     "StorageKey": "aiogram.fsm.storage.base",
     "storages": "fsm_storage.conf",
     "with_ttl": "fsm_storage.backends.context",

@@ -43,11 +43,14 @@ AGAIN: Final = Again.AGAIN
 Replies = Sequence[Reply | BaseException | Literal[Again.AGAIN]]
 
 
-class _Lane:
-    """One event loop's side: who waits for a reply, and until when. Lives on its loop's thread."""
+class Lane:
+    """One event loop's side: who waits for a reply, and until when. Lives on its loop's thread.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
-        self.loop, self.timeout = loop, timeout
+    `give_up()` makes the error for those whose time is up.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, give_up: Callable[[], Exception]) -> None:
+        self.loop, self._give_up = loop, give_up
         self.waiting: dict[asyncio.Future[Any], float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
@@ -83,11 +86,7 @@ class _Lane:
                 continue
             del self.waiting[future]
             if not future.done():
-                future.set_exception(
-                    StorageTimeout(
-                        self.timeout, "the database is busy or away; a write may still be carried out"
-                    )
-                )
+                future.set_exception(self._give_up())
         self._timer = None
         if self.waiting:
             self._set_timer(min(self.waiting.values()))
@@ -95,7 +94,7 @@ class _Lane:
 
 # An operation on its way: itself, who waits for it, until when. A plain tuple, because there are
 # tens of thousands in a second.
-_Item = tuple[Any, _Lane, "asyncio.Future[Any]", float]
+_Item = tuple[Any, Lane, "asyncio.Future[Any]", float]
 
 
 class Batcher(Generic[Op, Reply]):
@@ -130,8 +129,8 @@ class Batcher(Generic[Op, Reply]):
         self._put_off: deque[tuple[float, _Item]] = deque()
         self._attempts: dict[asyncio.Future[Any], int] = {}
         self._is_ending = False
-        self._room: deque[tuple[_Lane, asyncio.Future[None]]] = deque()
-        self._lanes: dict[asyncio.AbstractEventLoop, _Lane] = {}
+        self._room: deque[tuple[Lane, asyncio.Future[None]]] = deque()
+        self._lanes: dict[asyncio.AbstractEventLoop, Lane] = {}
         self._thread: threading.Thread | None = None
 
     def submit(self, op: Op) -> Awaitable[Reply]:
@@ -149,7 +148,7 @@ class Batcher(Generic[Op, Reply]):
             return self._submit_later(op, lane, deadline)
         return self._submit_now(op, lane, deadline)
 
-    def _submit_now(self, op: Op, lane: _Lane, deadline: float) -> asyncio.Future[Reply]:
+    def _submit_now(self, op: Op, lane: Lane, deadline: float) -> asyncio.Future[Reply]:
         if self.closed:
             raise StorageClosed
         future = lane.expect(deadline)
@@ -158,7 +157,7 @@ class Batcher(Generic[Op, Reply]):
             self._start_thread()
         return future
 
-    async def _submit_later(self, op: Op, lane: _Lane, deadline: float) -> Reply:
+    async def _submit_later(self, op: Op, lane: Lane, deadline: float) -> Reply:
         while self._queue.qsize() >= self._max_pending and not self.closed:
             await self._wait_for_room(lane, deadline)
         return await self._submit_now(op, lane, deadline)
@@ -185,15 +184,18 @@ class Batcher(Generic[Op, Reply]):
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
 
-    def _add_lane(self) -> _Lane:
+    def _add_lane(self) -> Lane:
         loop = asyncio.get_running_loop()
         with self._lock:
             # Short-lived loops (async_to_sync) leave their lanes behind.
             for old in [old for old in self._lanes if old.is_closed()]:
                 del self._lanes[old]
-            return self._lanes.setdefault(loop, _Lane(loop, self._timeout))
+            return self._lanes.setdefault(loop, Lane(loop, self._give_up))
 
-    async def _wait_for_room(self, lane: _Lane, deadline: float) -> None:
+    def _give_up(self) -> StorageTimeout:
+        return StorageTimeout(self._timeout, "the database is busy or away; a write may still be carried out")
+
+    async def _wait_for_room(self, lane: Lane, deadline: float) -> None:
         room: asyncio.Future[None] = lane.loop.create_future()
         self._room.append((lane, room))
         if self._queue.qsize() < self._max_pending:  # it was made before this one stood in line
@@ -209,7 +211,7 @@ class Batcher(Generic[Op, Reply]):
             self._leave_line(lane, room)
             raise
 
-    def _leave_line(self, lane: _Lane, room: asyncio.Future[None]) -> None:
+    def _leave_line(self, lane: Lane, room: asyncio.Future[None]) -> None:
         """Take a waiter out; if it had its turn already, the turn goes to the next one."""
         try:
             self._room.remove((lane, room))
@@ -297,7 +299,7 @@ class Batcher(Generic[Op, Reply]):
         except BaseException as error:  # a fault of ours: its callers must not wait for ever
             logger.exception("a batch of %d operations failed as a whole", len(batch))
             replies = [error] * len(batch)
-        mail: dict[_Lane, list[tuple[asyncio.Future[Any], Any]]] = {}
+        mail: dict[Lane, list[tuple[asyncio.Future[Any], Any]]] = {}
         for item, reply in zip(batch, replies, strict=True):
             _, lane, future, _ = item
             if reply is AGAIN:
@@ -332,7 +334,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_anew)
 
 
-def _call(lane: _Lane, function: Callable[..., None], argument: Any) -> None:
+def _call(lane: Lane, function: Callable[..., None], argument: Any) -> None:
     try:
         lane.loop.call_soon_threadsafe(function, argument)
     except RuntimeError:  # the loop was closed; nobody waits there any more

@@ -40,6 +40,9 @@ def _check_alias(alias: str) -> list[CheckMessage]:
     try:
         backend, options = storages.configured(alias)
     except InvalidStorageError as error:
+        if isinstance(error.__cause__, ModuleNotFoundError) and error.__cause__.name == "redis":
+            hint = "pip install 'fsm-storage[redis]'"
+            return [Error(f"FSM_STORAGES[{alias!r}] needs redis-py.", hint=hint, id="fsm_storage.E030")]
         code = "E002" if isinstance(error.__cause__, ImportError) else "E001"
         return [Error(str(error), hint=f"For example FSM_STORAGES = {_EXAMPLE}", id=f"fsm_storage.{code}")]
     if not isinstance(backend, type) or not issubclass(backend, BaseStorage):

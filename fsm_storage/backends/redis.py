@@ -1,0 +1,339 @@
+"""`RedisStorage`: aiogram's storage on Redis, mirrored into Django through an outbox."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, cast
+
+from aiogram.fsm.storage.base import BaseStorage, DefaultKeyBuilder, KeyBuilder, StateType, StorageKey
+from aiogram.fsm.storage.redis import RedisEventIsolation
+from django.core.checks import CheckMessage
+from redis.asyncio import Redis
+from redis.asyncio.cluster import RedisCluster
+from redis.exceptions import NoScriptError
+
+from fsm_storage.backends.context import TtlOption, own_ttl
+from fsm_storage.backends.merging import Merge, Merger
+from fsm_storage.backends.options import checked_options, loaded
+from fsm_storage.backends.pipeline import Pipeline
+from fsm_storage.backends.redis_options import check_redis_options, client
+from fsm_storage.backends.wire import Wire, is_passing, wire_for
+from fsm_storage.backends.writing import (
+    BATCH_BYTES,
+    BATCH_SIZE,
+    READ,
+    READ_IN_SCRIPT,
+    Command,
+    Outbox,
+    Write,
+    write_command,
+)
+from fsm_storage.codec import Dumps, Loads, WireCodec
+from fsm_storage.dialects import History
+from fsm_storage.exceptions import CorruptData, InvalidStorageError, RedisUnavailable, StorageClosed
+from fsm_storage.keys import check_key, check_key_text, state_text
+from fsm_storage.outbox import DATA, STATE, Part, Record, missed_name, stream_name
+from fsm_storage.patches import EMPTY, KEEP, Keep, Ttl, ttl_seconds
+
+OUTBOX_BYTES = 256 * 1024 * 1024
+_MEASURE_SECONDS = 0.5
+
+
+class RedisStorage(BaseStorage):
+    """Keeps the conversations of a bot in Redis as aiogram's `RedisStorage` does: same keys, same values.
+
+    What it adds: `update_data` is atomic over all processes; concurrent operations of an event loop share
+    round trips; a lost connection is mended within `timeout`; and with `mirror`, each write stands, in the
+    same Redis transaction, in an outbox from which it is mirrored into Django's tables.
+
+    - `redis`: a client of redis-py, also one of Sentinel's; or its dotted path, or that of a function that
+      returns one. Or `url`, with `connection_kwargs`, as in `from_url`.
+    - `key_builder`: an aiogram `KeyBuilder`, or its dotted path; by default aiogram's `DefaultKeyBuilder()`,
+      which leaves out the bot and the business connection.
+    - `state_ttl`, `data_ttl`: seconds or timedelta; each write of a part restarts its time. None: for ever.
+    - `json_loads`, `json_dumps`: functions, or their dotted paths.
+    - `mirror`: False is Redis alone.
+    - `alias`: names the outbox, and is part of each mirrored record's identity.
+    - `database`: the alias in `DATABASES` of the mirror; `history`: as of `DjangoStorage`, for the mirror.
+    - `timeout`: seconds that an operation may wait, retries included.
+    - `max_pending`: operations of an event loop that may wait at a time; past them, callers wait for room.
+    - `outbox_bytes`: how large the outbox may grow in Redis while nothing mirrors it. Past it only the names
+      of the keys written are noted, and mirrored as they are then.
+
+    Operations raise `StorageTimeout`, `RedisUnavailable`, `StorageClosed`; errors of the caller derive from
+    `ValueError` and `TypeError` and name the key. A cancelled caller stops waiting; its write happens whole
+    or not at all. One object serves any number of threads and event loops; each loop has its own connections.
+    """
+
+    def __init__(
+        self,
+        redis: Redis | RedisCluster | str | None = None,
+        key_builder: KeyBuilder | str | None = None,
+        state_ttl: TtlOption = None,
+        data_ttl: TtlOption = None,
+        json_loads: Loads | str = json.loads,
+        json_dumps: Dumps | str = json.dumps,
+        *,
+        mirror: bool = True,
+        alias: str = "default",
+        database: str = "default",
+        history: History = "states",
+        timeout: float = 5.0,
+        max_pending: int = 10_000,
+        outbox_bytes: int = OUTBOX_BYTES,
+        url: str | None = None,
+        connection_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        checked_options(
+            alias,
+            {
+                "key_builder": key_builder, "state_ttl": state_ttl, "data_ttl": data_ttl,
+                "json_loads": json_loads, "json_dumps": json_dumps, "mirror": mirror, "history": history,
+                "timeout": timeout, "max_pending": max_pending, "outbox_bytes": outbox_bytes,
+            },
+        )  # fmt: skip
+        try:
+            self.redis = client(redis, url, connection_kwargs, mirror=mirror)
+        except (InvalidStorageError, ImportError) as error:
+            raise InvalidStorageError(f"storage {alias!r}: {error}") from error
+        self.key_builder: KeyBuilder = loaded(key_builder, called=True) or DefaultKeyBuilder()
+        self.alias, self.database, self.mirror, self.history = alias, database, mirror, history
+        self.codec = WireCodec(loaded(json_loads), loaded(json_dumps))
+        self.state_ttl, self.data_ttl = state_ttl, data_ttl
+        self._ttl_ms = {
+            STATE: _ttl_ms(Ttl(ttl_seconds(state_ttl))),
+            DATA: _ttl_ms(Ttl(ttl_seconds(data_ttl))),
+        }
+        self._limits = (timeout, max_pending, outbox_bytes)
+        self._sides: dict[asyncio.AbstractEventLoop, _Side] = {}
+        self._lock = threading.Lock()
+        self.closed = False
+
+    @classmethod
+    def from_url(
+        cls, url: str, connection_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> RedisStorage:
+        """Return a storage on the Redis at `url`; `kwargs` are the storage's, as in aiogram."""
+        return cls(url=url, connection_kwargs=connection_kwargs, **kwargs)
+
+    @classmethod
+    def check(cls, alias: str, options: Mapping[str, Any]) -> list[CheckMessage]:
+        """System checks of the `OPTIONS` of one alias."""
+        return check_redis_options(cls, alias, options)
+
+    def create_isolation(self, **kwargs: Any) -> RedisEventIsolation:
+        """Return aiogram's isolation, on the same Redis and the same keys."""
+        return RedisEventIsolation(redis=cast(Redis, self.redis), key_builder=self.key_builder, **kwargs)
+
+    async def set_state(self, key: StorageKey, state: StateType = None, ttl: TtlOption | Keep = KEEP) -> None:
+        """Set the state. `ttl`: how long this state lives, in place of the storage's `state_ttl`; None: for ever.
+
+        A wrong `ttl` raises `InvalidTtl` or `InvalidTtlType`, and nothing is written.
+        """
+        name = self._name(key, STATE)
+        record = Record(key, STATE, state_text(state, name), self._ttl_of(STATE, ttl, name))
+        await self._side().writes.submit(Write(name, record))
+
+    async def get_state(self, key: StorageKey) -> str | None:
+        name = self._name(key, STATE)
+        found: bytes | None = await self._side().reads.submit((name, STATE))
+        try:
+            return None if found is None else found.decode()
+        except UnicodeDecodeError as error:
+            raise CorruptData(name, str(error), STATE) from error
+
+    async def set_data(self, key: StorageKey, data: Mapping[str, Any], ttl: TtlOption | Keep = KEEP) -> None:
+        """Replace the data. `ttl`: how long it lives, in place of the storage's `data_ttl`; None: for ever."""
+        name = self._name(key, DATA)
+        text = self.codec.encode(data, name)
+        record = Record(key, DATA, None if text == EMPTY else text, self._ttl_of(DATA, ttl, name))
+        await self._side().writes.submit(Write(name, record))
+
+    async def get_data(self, key: StorageKey) -> dict[str, Any]:
+        name = self._name(key, DATA)
+        return self.codec.decode_bytes(await self._side().reads.submit((name, DATA)), name)
+
+    async def get_value(
+        self, storage_key: StorageKey, dict_key: str, default: Any | None = None
+    ) -> Any | None:
+        data = await self.get_data(storage_key)
+        return data.get(dict_key, default)
+
+    async def update_data(
+        self, key: StorageKey, data: Mapping[str, Any], ttl: TtlOption | Keep = KEEP
+    ) -> dict[str, Any]:
+        """Lay `data` over what is there, key by key, atomically over all processes; return all of it.
+
+        `ttl`: how long the whole data lives from now, in place of the storage's `data_ttl`; None: for ever.
+        """
+        name = self._name(key, DATA)
+        merge = Merge(name, key, self.codec.detached(data, name), self._ttl_of(DATA, ttl, name))
+        return await self._side().merger.merge(merge)
+
+    async def close(self) -> None:
+        """Finish what was accepted, for `timeout` seconds at the most, refuse what comes later, and close `redis`."""
+        own = self._sides.get(asyncio.get_running_loop())
+        self.shut()
+        if own is not None:
+            await own.close()
+        if isinstance(self.redis, RedisCluster):
+            await self.redis.aclose()
+        else:
+            await self.redis.aclose(close_connection_pool=True)
+
+    def shut(self) -> None:
+        """Refuse what comes later, from synchronous code; what was accepted is finished on its event loop."""
+        self.closed = True
+        with self._lock:
+            sides = list(self._sides.values())
+        for side in sides:
+            try:
+                side.loop.call_soon_threadsafe(side.shut)
+            except RuntimeError:  # the loop was closed, and took its connections with it
+                continue
+
+    def _name(self, key: StorageKey, part: Part) -> str:
+        check_key(key)
+        name = self.key_builder.build(key, part)
+        check_key_text(name)
+        return name
+
+    def _ttl_of(self, part: Part, ttl: TtlOption | Keep, name: str) -> int | None:
+        return self._ttl_ms[part] if ttl is KEEP else _ttl_ms(own_ttl(ttl, name))
+
+    def _side(self) -> _Side:
+        return self._sides.get(asyncio.get_running_loop()) or self._add_side()
+
+    def _add_side(self) -> _Side:
+        if self.closed:
+            raise StorageClosed
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            # Short-lived loops (async_to_sync) leave theirs behind.
+            for old in [old for old in self._sides if old.is_closed()]:
+                del self._sides[old]
+            outbox = Outbox(stream_name(self.alias), missed_name(self.alias)) if self.mirror else None
+            side = self._sides[loop] = _Side(self.redis, self.codec, outbox, self.alias, self._limits)
+            return side
+
+
+class _Side:
+    """What one event loop has of a storage: two pipelines with a connection each, and its merges.
+
+    Reads have their own, so that they need not wait for a batch of writes.
+    """
+
+    def __init__(
+        self,
+        redis: Redis | RedisCluster,
+        codec: WireCodec,
+        outbox: Outbox | None,
+        alias: str,
+        limits: tuple[float, int, int],
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        timeout, max_pending, outbox_bytes = limits
+        self._alias, self._outbox, self._outbox_bytes = alias, outbox, outbox_bytes
+        self._measure_at, self._sent = 0.0, 0
+        self.reads: Pipeline[tuple[str, Part]] = Pipeline(
+            wire_for(redis), self._read, alias=alias, timeout=timeout, max_pending=max_pending,
+            batch_size=BATCH_SIZE, batch_bytes=BATCH_SIZE, size=lambda _: 0,
+        )  # fmt: skip
+        self.writes: Pipeline[Write] = Pipeline(
+            wire_for(redis), self._carry_out, alias=alias, timeout=timeout, max_pending=max_pending,
+            batch_size=BATCH_SIZE, batch_bytes=BATCH_BYTES, size=_size,
+        )  # fmt: skip
+        self.merger = Merger(self, codec, timeout)
+
+    def read(self, name: str, deadline: float) -> Awaitable[Any]:
+        return self.reads.submit((name, DATA), deadline)
+
+    def write(self, write: Write, deadline: float) -> Awaitable[Any]:
+        return self.writes.submit(write, deadline)
+
+    async def close(self) -> None:
+        await asyncio.gather(self.reads.close(), self.writes.close())
+
+    def shut(self) -> None:
+        self.reads.shut()
+        self.writes.shut()
+
+    async def _read(self, wire: Wire, reads: Sequence[tuple[str, Part]]) -> Sequence[Any]:
+        names = [name for name, _ in reads]
+        replies: Sequence[Any]
+        if wire.one_key or len(reads) < READ_IN_SCRIPT:
+            replies = await wire.ask([("GET", name) for name in names])
+        else:
+            replies = await _run(lambda whole: wire.ask([READ.command(names, whole=whole)]))
+        return self._sorted_out(reads, replies)
+
+    async def _carry_out(self, wire: Wire, writes: Sequence[Write]) -> Sequence[Any]:
+        replies: Sequence[Any]
+        if wire.one_key:  # each node has scripts of its own: with the text, nothing need be known of them
+            answers = await wire.ask([write_command([write], None, whole=True) for write in writes])
+            replies = [answer if isinstance(answer, Exception) else answer[0] for answer in answers]
+        else:
+            replies = await _run(
+                lambda whole: self._ask(wire, write_command(writes, self._outbox, whole=whole))
+            )
+            self._sent += sum(map(_size, writes))
+        return self._sorted_out([(write.name, write.record.part) for write in writes], replies)
+
+    def _sorted_out(self, keys: Sequence[tuple[str, Part]], replies: Sequence[Any]) -> Sequence[Any]:
+        """Turn refusals into errors that name the key; raise one that the whole batch should be sent again for."""
+        if not any(isinstance(reply, Exception) for reply in replies):
+            return replies
+        for reply in replies:
+            if isinstance(reply, Exception) and is_passing(reply):
+                raise reply
+        return [
+            _refusal(self._alias, key, reply) if isinstance(reply, Exception) else reply
+            for key, reply in zip(keys, replies, strict=True)
+        ]
+
+    async def _ask(self, wire: Wire, command: Command) -> list[Any]:
+        """Ask, and now and then, or after many bytes, also how large the outbox has become."""
+        outbox, now = self._outbox, time.monotonic()
+        if outbox is None or (now < self._measure_at and self._sent < self._outbox_bytes // 64):
+            return await wire.ask([command])
+        self._measure_at, self._sent = now + _MEASURE_SECONDS, 0
+        reply, used = await wire.ask([command, ("MEMORY", "USAGE", outbox.stream)])
+        # None: there is no outbox yet. An error: this Redis does not tell, and there is no limit.
+        self._outbox = outbox._replace(is_full=isinstance(used, int) and used >= self._outbox_bytes)
+        return [reply]
+
+
+async def _run(ask: Callable[[bool], Awaitable[list[Any]]]) -> list[Any]:
+    """Run a script, by its text if Redis does not have it: a new server, or one after SCRIPT FLUSH."""
+    (reply,) = await ask(False)
+    if isinstance(reply, NoScriptError):
+        (reply,) = await ask(True)
+    if isinstance(reply, Exception):
+        raise reply
+    return cast("list[Any]", reply)
+
+
+def _refusal(alias: str, key: tuple[str, Part], cause: Exception) -> Exception:
+    name, part = key
+    error: Exception
+    if "WRONGTYPE" in str(cause):
+        error = CorruptData(name, "the Redis key holds another type than a string", part)
+    else:
+        error = RedisUnavailable(alias, cause)
+    error.__cause__ = cause
+    return error
+
+
+def _size(write: Write) -> int:
+    """Return about how many bytes `write` is on its way."""
+    _, record, expected = write
+    size = len(record.value) + 100 if record.value else 100
+    return size if expected is None or expected is KEEP else size + len(expected)
+
+
+def _ttl_ms(ttl: Ttl) -> int | None:
+    return None if ttl.seconds is None else max(1, round(ttl.seconds * 1000))
