@@ -1,0 +1,58 @@
+"""Storages on a real Redis: one for all tests, or one of the test's own, which it may stop."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+from django.conf import settings
+
+from fsm_storage import RedisStorage
+from tests.redis.proxy import Proxy
+from tests.servers import RedisServer
+
+Make = Callable[..., RedisStorage]
+
+
+@pytest.fixture
+async def make(redis_url: str) -> AsyncIterator[Make]:
+    """Make storages, by default on the common Redis; they are closed at the end."""
+    made: list[RedisStorage] = []
+
+    def make(url: str = redis_url, **options: Any) -> RedisStorage:
+        made.append(RedisStorage.from_url(url, **options))
+        return made[-1]
+
+    yield make
+    await asyncio.gather(*(storage.close() for storage in made))
+
+
+@pytest.fixture
+def storage(make: Make) -> RedisStorage:
+    return make()
+
+
+@pytest.fixture
+def raw(redis_url: str) -> Iterator[redis.Redis]:
+    """A plain client, to look at what is really there."""
+    with redis.Redis.from_url(redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+def own_redis() -> Iterator[RedisServer]:
+    """A Redis that the test may stop, kill and configure."""
+    server = RedisServer(settings.TEST_DIR / f"redis-{uuid.uuid4().hex[:8]}")
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+async def proxy(redis_server: RedisServer, redis_url: str) -> AsyncIterator[Proxy]:
+    """A TCP proxy in front of the common Redis, which cuts and stalls lines when told to."""
+    async with Proxy(redis_server.port) as proxy:
+        yield proxy
