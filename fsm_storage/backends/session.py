@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.apps import apps
 from django.core.exceptions import AppRegistryNotReady
@@ -47,6 +47,9 @@ from fsm_storage.exceptions import (
     StorageUnavailable,
     VersionConflict,
 )
+
+if TYPE_CHECKING:
+    from fsm_storage.backends.libpq import Prepared
 
 T = TypeVar("T")
 logger = logging.getLogger("fsm_storage")
@@ -212,11 +215,19 @@ class Session:
         if not connection.autocommit:  # a project's setting; nobody would commit here
             connection.set_autocommit(True)
         if getattr(self._thread, "connection", None) is not connection.connection:
-            if unit.dialect.prepares and self._may_prepare(connection):
-                connection.connection.prepare_threshold = 0
             for sql in unit.dialect.session(self.timeout):
                 unit.execute(sql)
             self._thread.connection = connection.connection
+            self._thread.direct = self._direct(unit)
+        unit.direct = self._thread.direct
+
+    def _direct(self, unit: _Unit) -> Prepared | None:
+        """Return the way past psycopg's cursors, where there is one."""
+        if not unit.dialect.binds_on_server:
+            return None
+        from fsm_storage.backends.libpq import Prepared
+
+        return Prepared(unit.connection.connection, prepares=self._may_prepare(unit.connection))
 
     def _may_prepare(self, connection: BaseDatabaseWrapper) -> bool:
         """Prepared statements belong to a server connection, which a pooler may swap: these settings say so."""
@@ -299,6 +310,7 @@ class _Unit:
         self.connection, self.dialect = connection, dialect
         self._is_watched = bool(connection.execute_wrappers) or connection.queries_logged
         self._cursor: Any = None
+        self.direct: Prepared | None = None
 
     @property
     def is_nested(self) -> bool:
@@ -307,6 +319,9 @@ class _Unit:
         return connection.in_atomic_block or (connection.connection is not None and not connection.autocommit)
 
     def execute(self, sql: str, params: Any = ()) -> Rows:
+        if self.direct is not None and not self._is_watched and not self.connection.in_atomic_block:
+            with self.connection.wrap_database_errors:
+                return self.direct.execute(sql, params)
         if self._cursor is None:
             self._cursor = self._open()
         cursor = self._cursor

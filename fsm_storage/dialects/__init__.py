@@ -177,8 +177,6 @@ class Dialect(Protocol):
     """The statement that opens a transaction for writing; None: a plan is one statement, which commits itself."""
     binds_on_server: bool
     """Parameters are sent apart from the statement, which Django's own cursor does not do by default."""
-    prepares: bool
-    """Planning is a large part of a statement's time: worker threads let the server prepare theirs."""
 
     def read(self, reads: Sequence[Read], scope: Scope) -> Plan[list[ReadReply]]:
         """Read what is live. A constant number of statements."""

@@ -109,7 +109,6 @@ class PostgreSQL:
     reads_apart = True
     write_begin = None
     binds_on_server = True
-    prepares = True
     claim = staticmethod(leases.claim)
     sweep_leases = staticmethod(leases.sweep)
 

@@ -130,7 +130,6 @@ class SQLite:
     reads_apart = False
     write_begin = "BEGIN IMMEDIATE"
     binds_on_server = False
-    prepares = False
     claim = staticmethod(leases.claim)
     sweep_leases = staticmethod(leases.sweep)
 
