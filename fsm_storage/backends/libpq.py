@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,10 +26,15 @@ _PLACEHOLDER = re.compile(r"%(?:\((\w+)\))?s|%%")
 _LOADERS: dict[int, Callable[[bytes], Any]] = {
     16: b"t".__eq__,  # boolean
     20: int,  # bigint
-    21: int,
     23: int,
+    25: bytes.decode,  # text
+    701: float,
+    705: bytes.decode,  # a literal
+    1043: bytes.decode,  # varchar
+    1184: lambda text: datetime.fromisoformat(text.decode()),
+    2278: bytes.decode,  # void
 }
-"""By the type's OID; all others are text."""
+"""How to read a column, by the type's OID."""
 
 
 class _Native(NamedTuple):
@@ -71,7 +77,7 @@ class Prepared:
     def _rows(self, result: PGresult) -> Rows:
         self._check(result)
         columns = range(result.nfields)
-        loaders = [_LOADERS.get(result.ftype(column), bytes.decode) for column in columns]
+        loaders = [_LOADERS[result.ftype(column)] for column in columns]
         get = result.get_value
         return [
             tuple(

@@ -81,26 +81,22 @@ class _Batched(NamedTuple):
 
 
 # What a write has in each column of a batch.
-_COLUMNS: dict[str, Callable[[_Batched], Any]] = {
+_VARYING: dict[str, Callable[[_Batched], Any]] = {
     "key": lambda w: w.key,
-    "bot_id": lambda w: w.parts.bot_id,
     "chat_id": lambda w: w.parts.chat_id,
     "user_id": lambda w: w.parts.user_id,
-    "thread_id": lambda w: w.parts.thread_id,
-    "business_connection_id": lambda w: w.parts.business_connection_id,
-    "destiny": lambda w: w.parts.destiny,
     "sets_state": lambda w: w.patch.state is not KEEP,
     "state": lambda w: None if w.patch.state is KEEP else w.patch.state,
-    "state_ttl": lambda w: w.state_ttl.seconds,
-    "keeps_state_expiry": lambda w: w.state_ttl.keep,
-    "renews_state": lambda w: w.state_ttl.renew,
     "base": lambda w: None if w.patch.data is KEEP else exact(w.patch.data),
     "over": lambda w: w.over,
-    "data_ttl": lambda w: w.data_ttl.seconds,
-    "keeps_data_expiry": lambda w: w.data_ttl.keep,
-    "renews_data": lambda w: w.data_ttl.renew,
-    "if_version": lambda w: w.if_version,
 }
+
+
+def _common(write: _Batched) -> tuple[Any, ...]:
+    """Return what `write` has in each column of `sql.COMMON`."""
+    parts, state_ttl, data_ttl = write.parts, write.state_ttl, write.data_ttl
+    place = (parts.bot_id, parts.thread_id, parts.business_connection_id, parts.destiny)
+    return (*place, *state_ttl, *data_ttl, write.if_version)
 
 
 class PostgreSQL:
@@ -134,9 +130,14 @@ class PostgreSQL:
             if rows:  # else the row is not what the short way is for
                 return [Written(*rows[0])]
         batch = [_Batched(*write, _over(write.patch, scope)) for write in writes]
-        params: dict[str, Any] = {name: [get(write) for write in batch] for name, get in _COLUMNS.items()}
+        params: dict[str, Any] = {name: [get(write) for write in batch] for name, get in _VARYING.items()}
         params.update(alias=scope.alias, source=scope.cause.source, actor=scope.cause.actor)
-        rows = yield Statement(sql.WRITES[scope.history, wait, scope.tells], params)
+        common = [_common(write) for write in batch]
+        alike = len(set(common)) == 1
+        params.update(
+            zip(sql.COMMON, common[0] if alike else map(list, zip(*common, strict=True)), strict=True)
+        )
+        rows = yield Statement(sql.WRITES[scope.history, wait, scope.tells, alike], params)
         by_key = {row[0]: row for row in rows}
         return [_reply(write, by_key[write.key]) for write in writes]
 

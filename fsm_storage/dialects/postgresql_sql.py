@@ -14,22 +14,26 @@ FROM fsm_storage_record WHERE alias = %s AND key = """
 # A single key by itself, not as an array of one: half the time.
 ONE, ANY = "%s", "ANY(%s::text[])"
 
-# The columns of a batch, each an array.
-INPUT = {
+# The columns of a batch that differ from write to write: each an array.
+VARYING = {
     "key": "text",
-    "bot_id": "bigint",
     "chat_id": "bigint",
     "user_id": "bigint",
+    "sets_state": "boolean",
+    "state": "text",
+    "base": "text",
+    "over": "text",
+}
+# Those that all writes of a batch nearly always have in common: then each is a single value, which
+# saves a tenth of the time, here and in the server.
+COMMON = {
+    "bot_id": "bigint",
     "thread_id": "bigint",
     "business_connection_id": "text",
     "destiny": "text",
-    "sets_state": "boolean",
-    "state": "text",
     "state_ttl": "float8",
     "keeps_state_expiry": "boolean",
     "renews_state": "boolean",
-    "base": "text",
-    "over": "text",
     "data_ttl": "float8",
     "keeps_data_expiry": "boolean",
     "renews_data": "boolean",
@@ -54,7 +58,7 @@ _READABLE = f"""
 # Data that a write leaves alone is not passed through, so that large values stay in TOAST.
 _WRITE = """
 WITH input AS (
-    SELECT {names} FROM {limit}unnest({arrays}) AS i({names})
+    SELECT {names}{singles} FROM {limit}unnest({arrays}) AS i({names})
 ), old AS (
     SELECT id, key, version, state, data, state_expires_at, data_expires_at,
         CASE WHEN state_expires_at <= statement_timestamp() THEN NULL ELSE state END AS live_state,
@@ -150,9 +154,11 @@ _NOT_SKIPPED = """
         AND NOT EXISTS (SELECT FROM fsm_storage_record e WHERE e.alias = %(alias)s AND e.key = new.key)"""
 
 
-def _write_sql(history: str, *, wait: bool, tells: bool) -> str:
-    names = ", ".join(INPUT)
-    arrays = ", ".join(f"%({name})s::{type_}[]" for name, type_ in INPUT.items())
+def _write_sql(history: str, *, wait: bool, tells: bool, alike: bool) -> str:
+    columns = VARYING if alike else VARYING | COMMON
+    names = ", ".join(columns)
+    arrays = ", ".join(f"%({name})s::{type_}[]" for name, type_ in columns.items())
+    singles = "".join(f", %({name})s::{type_} AS {name}" for name, type_ in COMMON.items()) if alike else ""
     note = ""
     if history == "states":
         note = _HISTORY.format(unchanged="NULL::jsonb", before="NULL::jsonb", after="NULL::jsonb", or_data="")
@@ -162,6 +168,7 @@ def _write_sql(history: str, *, wait: bool, tells: bool) -> str:
     return _WRITE.format(
         names=names,
         arrays=arrays,
+        singles=singles,
         key_columns=_KEY_COLUMNS,
         readable=_READABLE.format(data="o.live_data"),
         skip="" if wait else "SKIP LOCKED",
@@ -174,10 +181,11 @@ def _write_sql(history: str, *, wait: bool, tells: bool) -> str:
 
 
 WRITES = {
-    (history, wait, tells): _write_sql(history, wait=wait, tells=tells)
+    (history, wait, tells, alike): _write_sql(history, wait=wait, tells=tells, alike=alike)
     for history in ("off", "states", "full")
     for wait in (False, True)
     for tells in (False, True)
+    for alike in (False, True)
 }
 
 # A lone write needs no lock before its upsert, which is half of the cost. It waits for a locked row

@@ -62,7 +62,9 @@ def test_a_statement_is_prepared_once() -> None:
     direct = Prepared(connection, prepares=True)
     for _ in range(3):
         direct.execute("SELECT %s::text", ["x"])
-    names = direct.execute("SELECT name FROM pg_prepared_statements WHERE name LIKE %s", ["fsm_storage%"])
+    names = direct.execute(
+        "SELECT name::text FROM pg_prepared_statements WHERE name LIKE %s", ["fsm_storage%"]
+    )
     assert sorted(names) == [("fsm_storage_0",), ("fsm_storage_1",)]
     connections["postgres"].close()
 
