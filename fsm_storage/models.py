@@ -7,9 +7,9 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self
 
 from django.db import models
-from django.db.models import Count, F, Q
+from django.db.models import Count, F, Max, Q
 from django.db.models.fields.json import KeyTransform
-from django.db.models.functions import Now
+from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
@@ -204,6 +204,11 @@ class FSMRecordQuerySet(models.QuerySet["FSMRecord"]):
     def bots_seen(self, sample: int) -> list[int]:
         """The bots among the `sample` records that changed last."""
         return sorted(set(self.order_by("-updated_at").values_list("bot_id", flat=True)[:sample]))
+
+    def clock(self) -> datetime:
+        """Return the time by the database's clock. Looks at no record."""
+        now = self.filter(pk__lt=0).aggregate(now=Coalesce(Max(Now()), Now()))["now"]
+        return now if timezone.is_aware(now) else timezone.make_aware(now)
 
     def with_clock(self) -> Self:
         """Add the database's time as `read_at`, by which `current_state` and the like are judged."""

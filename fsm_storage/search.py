@@ -37,7 +37,7 @@ def search(records: FSMRecordQuerySet, text: str, mask: Mask | None = None) -> F
         if _ID.fullmatch(term):
             records = records.filter(_has_id(int(term)))
         else:
-            path, values = _parse_pair(term)
+            path, values = parse_pair(term)
             if mask and mask.hides(path):
                 raise SearchError(
                     _("You have no permission to see the values of %(key)s.") % {"key": ".".join(path)}
@@ -52,7 +52,8 @@ def _has_id(number: int) -> Q:
     return Q(chat_id=number) | Q(user_id=number)
 
 
-def _parse_pair(term: str) -> tuple[list[str], list[Any]]:
+def parse_pair(term: str) -> tuple[list[str], list[Any]]:
+    """Return the path and the values that `key=value` can stand for. Raises `SearchError`."""
     name, equals, value = term.partition("=")
     path = _unquoted(name).split(".")
     if not equals or not all(path):

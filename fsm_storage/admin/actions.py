@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,7 +23,8 @@ from fsm_storage.admin.presentation import badge, clock_of, record_expiry
 from fsm_storage.exceptions import FSMStorageError
 from fsm_storage.models import FSMRecord
 from fsm_storage.patches import KEEP
-from fsm_storage.rights import Mask, Rights, mask_for, rights_of
+from fsm_storage.rights import Rights, mask_for, rights_of
+from fsm_storage.transfer.lines import conversation_lines
 
 if TYPE_CHECKING:
     Base = admin.ModelAdmin[FSMRecord]
@@ -35,11 +35,6 @@ MOST = 10_000
 """Records that one action changes at most: what a request can do while its browser waits."""
 BATCH = 200
 SHOWN = 20
-
-EXPORTED = (
-    "alias", "key", "bot_id", "chat_id", "user_id", "thread_id", "business_connection_id", "destiny", "state",
-    "data", "state_expires_at", "data_expires_at", "version", "created_at", "updated_at",
-)  # fmt: skip
 
 Choose = Callable[[FSMRecord], Changes]
 
@@ -123,7 +118,8 @@ class ActionsMixin(Base):
         description=gettext_lazy("Export selected conversations as JSON lines"), permissions=["export"]
     )
     def export_jsonl(self, request: HttpRequest, queryset: QuerySet[FSMRecord]) -> HttpResponseBase:
-        lines = json_lines(queryset, mask_for(request.user))
+        mask = mask_for(request.user)
+        lines = conversation_lines(queryset, look=mask.over if mask else None)
         is_async = isinstance(request, ASGIRequest)
         return StreamingHttpResponse(
             _in_threads(lines) if is_async else lines,
@@ -236,26 +232,6 @@ def _extension(record: FSMRecord, duration: timedelta, rights: Rights) -> Change
         state_ttl=duration if rights.change_state and is_due(record.state_expires_at) else KEEP,
         data_ttl=duration if rights.change_data and is_due(record.data_expires_at) else KEEP,
     )
-
-
-def json_lines(records: QuerySet[FSMRecord], mask: Mask) -> Iterator[str]:
-    """Yield lines of JSON, one for each record, in the order of their ids; a batch at a time.
-
-    Walks along the ids instead of holding a query open, so that a slow reader holds up nothing.
-    """
-    page = records.order_by("pk")
-    last: int | None = None
-    while True:
-        rows = list((page if last is None else page.filter(pk__gt=last))[:BATCH])
-        if not rows:
-            return
-        yield "".join(f"{_json_line(record, mask)}\n" for record in rows)
-        last = rows[-1].pk
-
-
-def _json_line(record: FSMRecord, mask: Mask) -> str:
-    values = {name: getattr(record, name) for name in EXPORTED} | {"data": mask.over(record.data)}
-    return json.dumps(values, ensure_ascii=False, default=datetime.isoformat)
 
 
 def _next(lines: Iterator[str]) -> str | None:

@@ -200,7 +200,7 @@ class DjangoStorage(BaseStorage):
             Write(record.key, record.storage_key, self._patch(record, **changes), STAY, STAY, record.version)
             for record, changes in edits
         ]
-        replies = self._write_here(writes, Cause(source, _actor(by)), conflicts_raise=False)
+        replies = self.put(writes, by=by, source=source)
         return [
             record
             for (record, _), reply in zip(edits, replies, strict=True)
@@ -240,6 +240,14 @@ class DjangoStorage(BaseStorage):
         ]
         replies = self._write_here(writes, Cause(source, _actor(by)))
         return sum(isinstance(reply, Written) and reply.version is not None for reply in replies)
+
+    def put(self, writes: Sequence[Write], *, by: Any = None, source: str = "import") -> Sequence[WriteReply]:
+        """Carry out writes to different keys in one transaction, the caller's if there is one.
+
+        A write whose `if_version` is not met (0: there is no record) is answered with `VersionConflict`,
+        and the others are done; for any other error it raises, and none is. Synchronous.
+        """
+        return self._write_here(writes, Cause(source, _actor(by)), conflicts_raise=False)
 
     def _write_here(
         self, writes: Sequence[Write], cause: Cause, *, conflicts_raise: bool = True

@@ -39,7 +39,7 @@ class Read(NamedTuple):
 
 
 class Write(NamedTuple):
-    """Apply a patch to a key. With `if_version`, only to a record at that version."""
+    """Apply a patch to a key. With `if_version`, only to a record at that version; 0: if there is none."""
 
     key: str
     parts: StorageKey

@@ -79,7 +79,7 @@ WITH input AS (
             WHEN i.renews_data THEN coalesce(o.live_data, '{{}}')
             ELSE coalesce(o.data, '{{}}')
         END AS new_data,
-        coalesce(i.if_version IS DISTINCT FROM o.version AND i.if_version IS NOT NULL, false) AS is_stale
+        coalesce(i.if_version <> coalesce(o.version, 0), false) AS is_stale
     FROM input i LEFT JOIN old o ON o.key = i.key
 ), new AS (
     SELECT *,

@@ -63,7 +63,7 @@ class Work:
 
     def add(self, write: Write, row: Row) -> WriteReply:
         """Note what `write` does to `row`, and return its reply."""
-        if write.if_version is not None and row.version != write.if_version:
+        if write.if_version is not None and (row.version or 0) != write.if_version:
             return VersionConflict(write.key, write.if_version, row.version if row.id else None)
         old = (
             Content()

@@ -8,6 +8,7 @@ from django.test.utils import CaptureQueriesContext
 
 from fsm_storage.admin import actions
 from fsm_storage.models import FSMRecord, FSMTransition
+from fsm_storage.transfer.lines import CONVERSATION
 from tests.web.conftest import LIST, XSS, fresh, html_of, messages_of, note
 
 HOUR = timedelta(hours=1)
@@ -177,7 +178,7 @@ def test_the_export_is_exact(exporter, make_record):
     odd = make_record(data=[1])
     lines = export(exporter, [record, odd])
     line = lines[0]
-    assert list(line) == list(actions.EXPORTED)
+    assert list(line) == ["format", "type", "id", *CONVERSATION]
     assert (line["data"], line["state"], line["chat_id"], line["thread_id"]) == (data, XSS, -100, 5)
     assert line["state_expires_at"] == record.state_expires_at.isoformat()
     assert line["data_expires_at"] is None
@@ -185,7 +186,7 @@ def test_the_export_is_exact(exporter, make_record):
 
 
 def test_the_export_streams_all_of_a_filter_in_batches(exporter, make_record, monkeypatch):
-    monkeypatch.setattr(actions, "BATCH", 4)
+    monkeypatch.setattr("fsm_storage.transfer.lines.PAGE", 4)
     made = {make_record(state="Order:item").key for _ in range(11)}
     make_record(state="Support:topic")
     lines = export(exporter, [FSMRecord.objects.first()], "?group=Order", select_across=1)
