@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fsm_storage.backends.redis import RedisStorage
     from fsm_storage.conf import storages
     from fsm_storage.keys import RecordKeyBuilder
+    from fsm_storage.lifecycle.expiry import Expired, Expiry
     from fsm_storage.patches import KEEP
 
 __version__ = "0.1.0"
@@ -27,6 +28,8 @@ __all__ = [
     "BaseStorage",
     "DefaultKeyBuilder",
     "DjangoStorage",
+    "Expired",
+    "Expiry",
     "KeyBuilder",
     "MemoryStorage",
     "RecordKeyBuilder",
@@ -41,6 +44,8 @@ _HOMES = {
     "BaseStorage": "aiogram.fsm.storage.base",
     "DefaultKeyBuilder": "aiogram.fsm.storage.base",
     "DjangoStorage": "fsm_storage.backends.django",
+    "Expired": "fsm_storage.lifecycle.expiry",
+    "Expiry": "fsm_storage.lifecycle.expiry",
     "KeyBuilder": "aiogram.fsm.storage.base",
     "MemoryStorage": "aiogram.fsm.storage.memory",
     "RecordKeyBuilder": "fsm_storage.keys",

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self
 
 from django.db import connections, models
-from django.db.models import Count, F, Max, Q
+from django.db.models import Count, Exists, F, Max, OuterRef, Q
 from django.db.models.fields.json import KeyTransform
 from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
@@ -222,6 +222,11 @@ class FSMRecordQuerySet(models.QuerySet["FSMRecord"]):
         """Return the time by the database's clock. Looks at no record."""
         now = self.filter(pk__lt=0).aggregate(now=Coalesce(Max(Now()), Now()))["now"]
         return now if timezone.is_aware(now) else timezone.make_aware(now)
+
+    def unleased(self) -> Self:
+        """Records on which nobody is at work under a lease."""
+        leases = FSMLease.objects.filter(alias=OuterRef("alias"), key=OuterRef("key"), expires_at__gt=Now())
+        return self.filter(~Exists(leases))
 
     def with_clock(self) -> Self:
         """Add the database's time as `read_at`, by which `current_state` and the like are judged."""

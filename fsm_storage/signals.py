@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from aiogram.fsm.storage.base import StorageKey
 from django.dispatch import Signal
 
-from fsm_storage.dialects import Cause, Change, Lapsed
+from fsm_storage.dialects import Cause, Change, Lapsed, Write, Written
 
 logger = logging.getLogger("fsm_storage")
 
@@ -66,11 +66,10 @@ def hint(alias: str, written: Sequence[tuple[str, int | None]]) -> None:
             logger.exception("a hint of %d changes in storage %r failed", len(written), alias)
 
 
-def tell(sender: type, news: Sequence[News]) -> None:
+def tell(sender: type, news: News) -> None:
     """Send the signals from synchronous code. What a receiver raises is logged by Django."""
-    for one in news:
-        for signal, arguments in _messages(one):
-            signal.send_robust(sender, **arguments)
+    for signal, arguments in _messages(news):
+        signal.send_robust(sender, **arguments)
 
 
 async def atell(sender: type, news: News) -> None:
@@ -121,6 +120,26 @@ def _about(news: News, cause: Cause) -> dict[str, Any]:
     }
 
 
-def lapsed(alias: str, one: Lapsed) -> News:
-    """Return the news of a part that the sweep cleared: nothing else has changed."""
-    return News(alias, one.parts, one.key, one.version, _EXPIRY, Change(None, None, False, (one.lapse,)))
+def hint_of(alias: str, writes: Sequence[Write], replies: Sequence[Any]) -> None:
+    """Hint at those of `writes` that left a record behind."""
+    if hints:
+        pairs = zip(writes, replies, strict=True)
+        hint(
+            alias, [(w.key, r.version) for w, r in pairs if isinstance(r, Written) and r.version is not None]
+        )
+
+
+def announce(sender: type, alias: str, writes: Sequence[Write], replies: Sequence[Any], cause: Cause) -> None:
+    """Hint at and tell what synchronous code has written and committed."""
+    hint_of(alias, writes, replies)
+    for write, reply in zip(writes, replies, strict=True):
+        if isinstance(reply, Written) and reply.change is not None:
+            tell(sender, News(alias, write.parts, write.key, reply.version, cause, reply.change))
+
+
+def announce_lapsed(sender: type, alias: str, lapsed: Sequence[Lapsed]) -> None:
+    """Hint at and tell what a sweep has cleared: nothing else has changed."""
+    hint(alias, [(one.key, one.version) for one in lapsed])
+    for one in lapsed:
+        change = Change(None, None, False, (one.lapse,))
+        tell(sender, News(alias, one.parts, one.key, one.version, _EXPIRY, change))

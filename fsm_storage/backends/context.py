@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 from aiogram.fsm.context import FSMContext
 from aiogram.fsm.storage.base import StateType
 
-from fsm_storage.exceptions import InvalidTtl, InvalidTtlType, TtlNotSupported
-from fsm_storage.patches import Ttl, ttl_seconds
-
-TtlOption = timedelta | float | None
-
-
-def own_ttl(ttl: TtlOption, key: str) -> Ttl:
-    """Return the rule for a write that brings its own `ttl`. Raises `InvalidTtl` or `InvalidTtlType`."""
-    try:
-        return Ttl(ttl_seconds(ttl))
-    except TypeError as error:
-        raise InvalidTtlType(str(error), key) from None
-    except ValueError as error:
-        raise InvalidTtl(str(error), key) from None
+from fsm_storage.backends.arguments import TtlOption, own_ttl
+from fsm_storage.exceptions import TtlNotSupported
 
 
 class TtlContext(FSMContext):

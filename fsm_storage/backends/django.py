@@ -5,55 +5,42 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from aiogram.fsm.storage.base import BaseStorage, KeyBuilder, StateType, StorageKey
 from asgiref.sync import sync_to_async
 from django.core.checks import CheckMessage
 
 from fsm_storage import signals
-from fsm_storage.backends.context import TtlOption, own_ttl
+from fsm_storage.backends.arguments import Handlers, Identified, TtlOption, actor_name, edit_ttl, own_ttl
 from fsm_storage.backends.options import check_options, checked_options, loaded
 from fsm_storage.backends.session import Session
 from fsm_storage.batching import AGAIN, Batcher, Replies
 from fsm_storage.codec import Codec, Dumps, Loads
 from fsm_storage.dialects import (
     LOCKED,
+    NOTHING_SPARED,
     Cause,
     Errand,
     History,
-    Lapsed,
     Read,
     Scope,
-    Spared,
     Write,
     WriteReply,
     Written,
 )
 from fsm_storage.exceptions import StorageClosed, VersionConflict
-from fsm_storage.keys import MAX_ACTOR_LENGTH, record_key, state_text
-from fsm_storage.patches import KEEP, Keep, Patch, Ttl, ttl_seconds
+from fsm_storage.keys import record_key, state_text
+from fsm_storage.patches import EMPTY, KEEP, Keep, Patch, Ttl, ttl_seconds
 from fsm_storage.signals import News
 
 T = TypeVar("T")
+R = TypeVar("R", bound=Identified)
 Operation = Read | Write | Errand
 STAY = Ttl(0.0, keep=True)
 """A part keeps its expiry; if it has expired, it expires again at once."""
-
-
-class Identified(Protocol):
-    """What `edit` needs of a record: its key, as text and taken apart."""
-
-    key: str
-    version: int
-
-    @property
-    def storage_key(self) -> StorageKey: ...
-
-
-R = TypeVar("R", bound=Identified)
 
 
 class DjangoStorage(BaseStorage):
@@ -76,6 +63,7 @@ class DjangoStorage(BaseStorage):
     - `batch_size`: operations in one transaction at the most.
     - `in_transaction`: for tests: run each operation on the connection of the thread that Django's
       `TestCase` uses, inside its transaction.
+    - `expiry`: an `Expiry`, or its dotted path: the sweep leaves to it what it has handlers for.
 
     Operations raise `StorageTimeout`, `StorageUnavailable`, `StorageClosed`; errors of the caller
     derive from `ValueError` and `TypeError` and name the key. A cancelled caller stops waiting;
@@ -97,6 +85,7 @@ class DjangoStorage(BaseStorage):
         max_pending: int = 10_000,
         batch_size: int = 256,
         in_transaction: bool = False,
+        expiry: Handlers | str | None = None,
     ) -> None:
         checked_options(
             alias,
@@ -104,7 +93,7 @@ class DjangoStorage(BaseStorage):
                 "key_builder": key_builder, "state_ttl": state_ttl, "data_ttl": data_ttl,
                 "json_loads": json_loads, "json_dumps": json_dumps, "history": history,
                 "timeout": timeout, "max_pending": max_pending, "batch_size": batch_size,
-                "in_transaction": in_transaction,
+                "in_transaction": in_transaction, "expiry": expiry,
             },
         )  # fmt: skip
         self.alias, self.database, self.in_transaction = alias, database, in_transaction
@@ -114,6 +103,7 @@ class DjangoStorage(BaseStorage):
         self._scope = Scope(alias, history, self.codec)
         self._telling = self._scope._replace(tells=True)
         self._session = Session(database, timeout)
+        self._expiry = expiry
         self._limits = {"timeout": timeout, "max_pending": max_pending, "batch_size": batch_size}
         self._reads: Batcher[Operation, Any] | None = None
         self._writes: Batcher[Operation, Any] | None = None
@@ -232,13 +222,13 @@ class DjangoStorage(BaseStorage):
         See `FSMRecord.edit`, which is how to call it. All are changed or, when it raises, none.
         """
         patches = [self._patch(record, state, data) for record in records]
-        state_rule, data_rule = _edit_ttl(state_ttl, self._state_ttl), _edit_ttl(data_ttl, self._data_ttl)
+        state_rule, data_rule = edit_ttl(state_ttl, self._state_ttl), edit_ttl(data_ttl, self._data_ttl)
         versions: Sequence[int | None] = [None] * len(records) if if_versions is None else if_versions
         writes = [
             Write(record.key, record.storage_key, patch, state_rule, data_rule, version)
             for record, patch, version in zip(records, patches, versions, strict=True)
         ]
-        replies = self._write_here(writes, Cause(source, _actor(by)))
+        replies = self._write_here(writes, Cause(source, actor_name(by)))
         return sum(isinstance(reply, Written) and reply.version is not None for reply in replies)
 
     def put(self, writes: Sequence[Write], *, by: Any = None, source: str = "import") -> Sequence[WriteReply]:
@@ -247,7 +237,7 @@ class DjangoStorage(BaseStorage):
         A write whose `if_version` is not met (0: there is no record) is answered with `VersionConflict`,
         and the others are done; for any other error it raises, and none is. Synchronous.
         """
-        return self._write_here(writes, Cause(source, _actor(by)), conflicts_raise=False)
+        return self._write_here(writes, Cause(source, actor_name(by)), conflicts_raise=False)
 
     def _write_here(
         self, writes: Sequence[Write], cause: Cause, *, conflicts_raise: bool = True
@@ -255,46 +245,42 @@ class DjangoStorage(BaseStorage):
         scope = self._scope._replace(cause=cause, tells=signals.is_heard())
         replies = self._session.write_here(writes, scope, conflicts_raise=conflicts_raise)
         if scope.tells or signals.hints:
-            self._session.after_commit(partial(self._announce, writes, replies, cause))
+            self._session.after_commit(
+                partial(signals.announce, type(self), self.alias, writes, replies, cause)
+            )
         return replies
+
+    @property
+    def expiry(self) -> Handlers | None:
+        """The handlers of expiries, imported when they are first asked for. Raises `ImportError`."""
+        if isinstance(self._expiry, str):
+            self._expiry = cast("Handlers", loaded(self._expiry))
+        return self._expiry
+
+    async def clear_expired(self, key: StorageKey, part: Literal["state", "data"], version: int) -> None:
+        """Clear an expired part of a record that is at `version`. Raises `VersionConflict` at any other."""
+        patch = Patch(state=None) if part == "state" else Patch(data=EMPTY)
+        await self._write(Write(self.key_text(key), key, patch, if_version=version))
+
+    def retried(self, question: Callable[[], T]) -> T:
+        """Call `question`, which uses Django's ORM, and again while the database fails for a moment."""
+        return self._session.retried(question)
+
+    def release(self) -> None:
+        """Close the calling thread's connection."""
+        self._session.release()
 
     def sweep(self, limit: int = 1000) -> tuple[int, int, int]:
         """Clear up to `limit` expired states and as many data, and delete the records left idle.
 
-        Returns the three counts; all 0 when there is nothing left to do. Synchronous.
+        What `expiry` has handlers for is left to them. Returns the three counts; all 0 when there is
+        nothing left to do. Synchronous.
         """
         scope = self._telling if signals.is_heard() or signals.hints else self._scope
-        swept = self._session.sweep(scope, limit, Spared())
+        swept = self._session.sweep(scope, limit, self.expiry.spared() if self.expiry else NOTHING_SPARED)
         if swept.lapsed:
-            self._session.after_commit(partial(self._announce_lapsed, swept.lapsed))
+            self._session.after_commit(partial(signals.announce_lapsed, type(self), self.alias, swept.lapsed))
         return swept.states, swept.data, swept.records
-
-    def _announce(self, writes: Sequence[Write], replies: Sequence[WriteReply], cause: Cause) -> None:
-        """Tell what synchronous code has written."""
-        self._hint(writes, replies)
-        signals.tell(
-            type(self),
-            [
-                News(self.alias, write.parts, write.key, reply.version, cause, reply.change)
-                for write, reply in zip(writes, replies, strict=True)
-                if isinstance(reply, Written) and reply.change is not None
-            ],
-        )
-
-    def _announce_lapsed(self, lapsed: Sequence[Lapsed]) -> None:
-        signals.hint(self.alias, [(one.key, one.version) for one in lapsed])
-        if signals.is_heard():
-            news = [signals.lapsed(self.alias, one) for one in lapsed]
-            signals.tell(type(self), news)
-
-    def _hint(self, writes: Sequence[Write], replies: Sequence[WriteReply]) -> None:
-        if signals.hints:
-            written = [
-                (write.key, reply.version)
-                for write, reply in zip(writes, replies, strict=True)
-                if isinstance(reply, Written) and reply.version is not None
-            ]
-            signals.hint(self.alias, written)
 
     def submit(self, op: Write | Errand) -> Awaitable[Any]:
         """Carry out a write or an errand, in a batch with others of whichever kind."""
@@ -365,7 +351,7 @@ class DjangoStorage(BaseStorage):
     def _carry_out_here(self, op: Operation) -> Any:
         if isinstance(op, Write):
             replies = self._session.write_here([op], self._scope._replace(tells=signals.is_heard()))
-            self._hint([op], replies)
+            signals.hint_of(self.alias, [op], replies)
             return replies[0]
         return self._commit([op], 0.0)[0]
 
@@ -426,7 +412,7 @@ class DjangoStorage(BaseStorage):
             return self._session.carry_out(ops, self._scope, deadline)
         scope = self._telling if signals.is_heard() else self._scope
         replies = self._session.write(ops, scope, deadline)
-        self._hint(ops, replies)
+        signals.hint_of(self.alias, ops, replies)
         if LOCKED not in replies:
             return replies
         return [AGAIN if reply is LOCKED else reply for reply in replies]
@@ -438,16 +424,3 @@ def _collision_key(op: Operation) -> Hashable | None:
     if kind is Write:
         return op.key
     return None if kind is Read else (kind, op.key)
-
-
-def _edit_ttl(ttl: TtlOption | Keep, default: Ttl) -> Ttl:
-    if ttl is KEEP:
-        return Ttl(default.seconds, keep=True)
-    return Ttl(ttl_seconds(ttl), renew=True)
-
-
-def _actor(by: Any) -> str:
-    if by is None:
-        return ""
-    name = by.get_username() if hasattr(by, "get_username") else str(by)
-    return str(name)[:MAX_ACTOR_LENGTH]

@@ -52,6 +52,7 @@ def check_names_and_values(backend: type, alias: str, options: Mapping[str, Any]
         Error(f"{where}: {name} {problem}.", hint=hint, id=f"fsm_storage.{_CODES.get(name, 'E007')}")
         for name, problem, hint in _problems(alias, options)
     ]
+    messages += _check_expiry(where, options.get("expiry"))
     return messages
 
 
@@ -132,6 +133,13 @@ def _flag(value: Any) -> str | None:
     return None if isinstance(value, bool) else f"must be True or False, not {value!r}"
 
 
+def _expiry(value: Any) -> str | None:
+    """Not imported here: the module of the handlers may be the one that is making the storage."""
+    if value is None or isinstance(value, str) or callable(getattr(value, "spared", None)):
+        return None
+    return f"must be an Expiry, or its dotted path, not {value!r}"
+
+
 _RULES: dict[str, Callable[[Any], str | None]] = {
     "key_builder": _key_builder,
     "state_ttl": _ttl,
@@ -145,13 +153,27 @@ _RULES: dict[str, Callable[[Any], str | None]] = {
     "in_transaction": _flag,
     "mirror": _flag,
     "outbox_bytes": _count,
+    "expiry": _expiry,
 }
 _HINTS = {
     "state_ttl": "For example timedelta(days=2), or None to keep the state for ever.",
     "data_ttl": "For example timedelta(days=2), or None to keep the data for ever.",
     "history": "'states' writes a row for each change of state.",
+    "expiry": "For example 'shop.expiry.expiry', where expiry = fsm_storage.Expiry().",
     "timeout": "The default is 5 seconds.",
 }
+
+
+def _check_expiry(where: str, path: Any) -> Iterator[CheckMessage]:
+    if isinstance(path, str):
+        found, problem = _imported(path)
+        problem = problem or (found is not None and _expiry(found)) or None
+        if problem or isinstance(found, str):
+            yield Error(
+                f"{where}: expiry {problem or f'{path!r} is a text'}.",
+                hint="Name an fsm_storage.Expiry, in a module that can be imported without starting the bot.",
+                id="fsm_storage.E007",
+            )
 
 
 def check_database(where: str, database: Any) -> list[CheckMessage]:

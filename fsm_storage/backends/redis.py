@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.exceptions import NoScriptError
 
-from fsm_storage.backends.context import TtlOption, own_ttl
+from fsm_storage.backends.arguments import TtlOption, own_ttl
 from fsm_storage.backends.merging import Merge, Merger
 from fsm_storage.backends.options import checked_options, loaded
 from fsm_storage.backends.pipeline import Pipeline

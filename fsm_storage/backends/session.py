@@ -157,6 +157,10 @@ class Session:
             lambda unit: unit.run_in_transaction(unit.dialect.sweep(scope, limit, spared)), deadline
         )
 
+    def retried(self, question: Callable[[], T]) -> T:
+        """Call `question`, which asks through Django's ORM, again while the database fails for a moment."""
+        return self._retried(lambda unit: question(), time.monotonic() + self.timeout)
+
     def after_commit(self, function: Callable[[], None]) -> None:
         """Call `function` once the caller's transaction is committed: now, if there is none."""
         connection = connections[self.database]

@@ -97,13 +97,13 @@ class Sweep(NamedTuple):
 
 
 class Spared(NamedTuple):
-    """What the sweep leaves to handlers: the expired state, or data, of records in these states; None: in any.
+    """What the sweep leaves to handlers: the expired states that are among `states` (None: all); expired data.
 
     Data that expired with its state, or up to `TOGETHER` seconds before it, is left for the state's handler.
     """
 
     states: tuple[str, ...] | None = ()
-    data: tuple[str, ...] | None = ()
+    data: bool = False
 
 
 NOTHING_SPARED: Final = Spared()

@@ -146,7 +146,7 @@ class PostgreSQL:
         params = {
             "alias": scope.alias, "limit": limit, "noted": scope.history != "off",
             "spared_states": None if spared.states is None else list(spared.states),
-            "spared_data": None if spared.data is None else list(spared.data),
+            "spares_data": spared.data,
         }  # fmt: skip
         text = sql.SWEEP_STATES.format(data="data" if full else "NULL::jsonb")
         states = yield Statement(text, params)

@@ -250,15 +250,12 @@ _EXPIRED = """
     ORDER BY {part}_expires_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED
 """
 # NULL stands for every state.
-_IN_SPARED = "(%({spared})s::text[] IS NULL OR coalesce(state = ANY(%({spared})s::text[]), false))"
-_STATE_IS_SPARED, _DATA_IS_SPARED = (
-    _IN_SPARED.format(spared=f"spared_{part}") for part in ("states", "data")
-)
-_EXPIRED_STATES = _EXPIRED.format(part="state", unless=f"AND NOT {_STATE_IS_SPARED}")
+_IS_SPARED = "(%(spared_states)s::text[] IS NULL OR coalesce(state = ANY(%(spared_states)s::text[]), false))"
+_EXPIRED_STATES = _EXPIRED.format(part="state", unless=f"AND NOT {_IS_SPARED}")
 _EXPIRED_DATA = _EXPIRED.format(
     part="data",
-    unless=f"""AND NOT (data <> '{{}}' AND {_DATA_IS_SPARED}) AND NOT (
-        coalesce(state_expires_at <= data_expires_at + interval '{TOGETHER} seconds', false) AND {_STATE_IS_SPARED})""",
+    unless=f"""AND NOT (%(spares_data)s AND data <> '{{}}') AND NOT (
+        coalesce(state_expires_at <= data_expires_at + interval '{TOGETHER} seconds', false) AND {_IS_SPARED})""",
 )
 _DUE = "key, bot_id, chat_id, user_id, thread_id, business_connection_id, destiny, version, state"
 

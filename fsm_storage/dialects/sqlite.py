@@ -98,14 +98,14 @@ SELECT id, key, bot_id, chat_id, user_id, thread_id, business_connection_id, des
     {part}_expires_at || '' FROM fsm_storage_record
 WHERE {part}_expires_at <= {now} AND alias = ? {unless} ORDER BY {part}_expires_at LIMIT ?
 """
-# The parameters: whether every state is spared, and a list of those that are.
-_IN_SPARED = "(? OR coalesce(state IN (SELECT value FROM json_each(?)), 0))"
-_EXPIRED_STATES = _EXPIRED.format(part="state", now=_NOW, unless=f"AND NOT {_IN_SPARED}")
+# Its parameters: whether every state is spared, and a list of those that are.
+_IS_SPARED = "(? OR coalesce(state IN (SELECT value FROM json_each(?)), 0))"
+_EXPIRED_STATES = _EXPIRED.format(part="state", now=_NOW, unless=f"AND NOT {_IS_SPARED}")
 _EXPIRED_DATA = _EXPIRED.format(
     part="data",
     now=_NOW,
-    unless=f"""AND NOT (data <> '{{}}' AND {_IN_SPARED}) AND NOT (coalesce(state_expires_at
-        <= strftime('%Y-%m-%d %H:%M:%f', data_expires_at, '+{TOGETHER} seconds'), 0) AND {_IN_SPARED})""",
+    unless=f"""AND NOT (? AND data <> '{{}}') AND NOT (coalesce(state_expires_at
+        <= strftime('%Y-%m-%d %H:%M:%f', data_expires_at, '+{TOGETHER} seconds'), 0) AND {_IS_SPARED})""",
 )
 _CLEAR_STATES = f"""
 UPDATE fsm_storage_record SET state = NULL, state_expires_at = NULL, version = version + 1, updated_at = {_NOW},
@@ -155,15 +155,15 @@ class SQLite:
         return replies
 
     def sweep(self, scope: Scope, limit: int, spared: Spared = NOTHING_SPARED) -> Plan[Sweep]:
-        by_state, by_data = _spared(spared.states), _spared(spared.data)
-        rows = yield Statement(_EXPIRED_STATES, (scope.alias, *by_state, limit))
+        is_spared = spared.states is None, _json(spared.states or ())
+        rows = yield Statement(_EXPIRED_STATES, (scope.alias, *is_spared, limit))
         states = [Expired(*row) for row in rows]
         if states:
             if scope.history != "off":
                 noted = [row.transition("state", scope) for row in states]
                 yield Statement(_BATCH.transition, (_json(noted),))
             yield Statement(_CLEAR_STATES, (_ids(states),))
-        rows = yield Statement(_EXPIRED_DATA, (scope.alias, *by_data, *by_state, limit))
+        rows = yield Statement(_EXPIRED_DATA, (scope.alias, spared.data, *is_spared, limit))
         data = [Expired(*row) for row in rows]
         lost = [row for row in data if row.data != EMPTY]
         if scope.history == "full" and lost:
@@ -223,10 +223,6 @@ def _for_keys(keys: list[str]) -> tuple[_Sql, str]:
 
 def _ids(rows: Sequence[Expired]) -> str:
     return _json([row.id for row in rows])
-
-
-def _spared(states: Sequence[str] | None) -> tuple[bool, str]:
-    return states is None, _json(states or ())
 
 
 dialect = SQLite()

@@ -16,7 +16,7 @@ import pytest
 from aiogram.fsm.storage.base import StorageKey
 from django.db import connections, transaction
 
-from fsm_storage.lifecycle import Sweeper
+from fsm_storage.lifecycle.sweeper import Sweeper
 from fsm_storage.models import FSMHourlyMove, FSMHourlyPath, FSMRollupMark, FSMRun, FSMTransition
 from fsm_storage.rollup import Count, Roller, Row, hour_of, span_of
 from tests.conftest import POSTGRES

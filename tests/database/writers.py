@@ -8,9 +8,12 @@ import random
 import warnings
 from collections.abc import Callable
 
+from aiogram import Bot
 from aiogram.fsm.storage.base import StorageKey
 
-from fsm_storage import DjangoStorage
+from fsm_storage import DjangoStorage, Expired, Expiry
+from fsm_storage.leases import LeaseKeeper
+from fsm_storage.lifecycle import runner
 
 
 def key_of(chat: int) -> StorageKey:
@@ -129,6 +132,44 @@ def talk_in_old_states(database: str, path: str, chats: int) -> None:
         async with asyncio.TaskGroup() as group:
             for chat in range(chats):
                 group.create_task(talk(storage, chat))
+        await storage.close()
+
+    asyncio.run(main())
+
+
+def handle_expiries(database: str, path: str, bot_id: int, lease: float, work: float) -> None:
+    """Handle what expires, for `work` seconds each, until killed. Notes the chat when a handler begins."""
+    note = notes(path)
+    runner.LEASE = lease
+    expiry = Expiry(interval=0.5)
+
+    @expiry.handler()
+    async def handle(expired: Expired) -> None:
+        note(f"handled {expired.key.chat_id} {os.getpid()}")
+        await asyncio.sleep(work)
+
+    async def main() -> None:
+        storage = DjangoStorage(database, database=database, expiry=expiry, timeout=30)
+        async with Bot(f"{bot_id}:{'A' * 35}") as bot:
+            await expiry.run(storage, [bot])
+
+    asyncio.run(main())
+
+
+def renew_expired(database: str, path: str, chats: list[int]) -> None:
+    """Write these chats' states anew, each under its lease as a bot's handler does, and note that."""
+    note = notes(path)
+
+    async def main() -> None:
+        storage = DjangoStorage(database, database=database, timeout=30)
+        keeper = LeaseKeeper(storage, 30)
+        for chat in chats:
+            while (lease := await keeper.acquire(storage.key_text(key_of(chat)))) is None:
+                await asyncio.sleep(0.02)
+            await storage.set_state(key_of(chat), "renewed")
+            note(f"renewed {chat}")
+            keeper.release(lease)
+        await keeper.close()
         await storage.close()
 
     asyncio.run(main())

@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "leases": {*PURE, "batching"},
     "transfer": {*CORE, "backends"},
     "sources": {"exceptions", "transfer"},
-    "lifecycle": {*CORE, "backends", "rollup"},
+    "lifecycle": {*CORE, "backends", "leases", "rollup"},
     "operations": CORE,
     "chats": set(),
     "checks": {*CORE, "backends", "discovery", "rights"},
@@ -64,7 +64,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "migrations": set(),
     "testing": set(),
     "pytest_plugin": {"backends", "conf"},
-    "fsm_storage": {"backends", "conf", "keys", "patches"},  # the package's own names, loaded lazily
+    "fsm_storage": {
+        "backends",
+        "conf",
+        "keys",
+        "patches",
+        "lifecycle",
+    },  # the package's own names, loaded lazily
 }
 
 # What a room must not know, of the standard library and of others.

@@ -8,7 +8,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.conf import storages
 from fsm_storage.exceptions import FSMStorageError
-from fsm_storage.lifecycle import Sweeper, Swept
+from fsm_storage.lifecycle.sweeper import Sweeper, Swept
 
 
 class Command(BaseCommand):

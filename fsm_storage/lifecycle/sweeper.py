@@ -1,4 +1,4 @@
-"""Expiry: the sweeper, which removes what the bot no longer sees."""
+"""The sweeper, which removes what the bot no longer sees, in batches."""
 
 from __future__ import annotations
 
