@@ -494,3 +494,56 @@ class FSMPeer(models.Model):
 
     def __str__(self) -> str:
         return self.title or self.username or str(self.peer_id)
+
+
+class FSMBulk(models.Model):
+    """A change of many conversations at once by the staff: what was asked, and by whom."""
+
+    action = models.CharField(_("action"), max_length=20)
+    arguments = models.JSONField(_("arguments"), default=dict)
+    actor = models.CharField(_("actor"), max_length=MAX_ACTOR_LENGTH)
+    created_at = models.DateTimeField(_("created at"), db_default=Now())
+    undoes = models.ForeignKey("self", models.SET_NULL, null=True, related_name="undone_by")
+
+    class Meta:
+        db_table = "fsm_storage_bulk"
+        verbose_name = _("change of many")
+        verbose_name_plural = _("changes of many")
+        default_permissions = ()
+
+    def __str__(self) -> str:
+        return f"{self.action} #{self.pk}"
+
+
+class FSMBulkItem(models.Model):
+    """One record of a change of many: what became of it, and what undoing it needs."""
+
+    class Outcome(models.TextChoices):
+        WAITING = "waiting", _("waiting")
+        CHANGED = "changed", _("changed")
+        UNCHANGED = "unchanged", _("nothing to change")
+        MOVED = "moved", _("moved on meanwhile, left alone")
+        GONE = "gone", _("not there any more")
+        FAILED = "failed", _("failed")
+
+    bulk = models.ForeignKey(FSMBulk, models.CASCADE, related_name="items", db_index=False)
+    record_id = models.BigIntegerField(_("conversation"))  # no foreign key: it outlives the record
+    key = models.CharField(_("key"), max_length=MAX_KEY_LENGTH)
+    outcome = models.CharField(_("outcome"), max_length=10, choices=Outcome, default=Outcome.WAITING)
+    reason = models.CharField(_("reason"), max_length=255, blank=True, default="")
+    before = models.JSONField(_("before"), null=True)
+    """The parts that were changed, as they had been; in an undo that waits, what is to be brought back."""
+    version = models.BigIntegerField(_("version"), null=True)
+    """The record's version after the change; in an undo that waits, the only one upon which it may be done."""
+
+    class Meta:
+        db_table = "fsm_storage_bulk_item"
+        verbose_name = _("changed conversation")
+        verbose_name_plural = _("changed conversations")
+        default_permissions = ()
+        indexes = [
+            models.Index(fields=["bulk", "outcome", "id"], name="fsm_storage_bulk_outcome"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.outcome}"

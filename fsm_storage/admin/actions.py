@@ -1,243 +1,310 @@
-"""What can be done to many conversations at once. Each change goes through the storage, in batches."""
+"""What can be done to many conversations at once: asked for in the list, shown first, done, and undone.
+
+The way goes from the list's action to a dry run, which carries what was selected signed, from there
+to the work, and to a page with what became of each record, from which it can be undone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
-from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, NamedTuple
+from copy import copy
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from asgiref.sync import sync_to_async
 from django.contrib import admin, messages
-from django.contrib.admin import helpers
-from django.core.handlers.asgi import ASGIRequest
-from django.db import OperationalError
-from django.db.models import QuerySet
-from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
+from django.contrib.admin.options import IncorrectLookupParameters
+from django.core import signing
+from django.core.exceptions import PermissionDenied
+from django.core.paginator import Paginator
+from django.db.models import Count, QuerySet
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase, HttpResponseRedirect, QueryDict
 from django.template.response import TemplateResponse
+from django.urls import URLPattern, path, reverse
 from django.utils.translation import gettext as _
-from django.utils.translation import gettext_lazy, ngettext
+from django.utils.translation import gettext_lazy
 
-from fsm_storage.admin.forms import Changes, ExtendForm
-from fsm_storage.admin.log import logged, noted
+from fsm_storage.admin import bulkwork
+from fsm_storage.admin.bulk import ACTIONS, UNDO, Action, Impossible, effective
+from fsm_storage.admin.comparing import data_changes
+from fsm_storage.admin.export import export
+from fsm_storage.admin.forms import Changes
+from fsm_storage.admin.log import noted, told_ttls
 from fsm_storage.admin.presentation import badge, clock_of, record_expiry
-from fsm_storage.exceptions import FSMStorageError
-from fsm_storage.models import FSMRecord
+from fsm_storage.models import FSMBulk, FSMBulkItem, FSMRecord
 from fsm_storage.patches import KEEP
-from fsm_storage.rights import Rights, mask_for, rights_of
-from fsm_storage.transfer.lines import conversation_lines
+from fsm_storage.rights import mask_for, rights_of
 
 if TYPE_CHECKING:
     Base = admin.ModelAdmin[FSMRecord]
 else:
     Base = object
 
-MOST = 10_000
-"""Records that one action changes at most: what a request can do while its browser waits."""
-BATCH = 200
-SHOWN = 20
+SALT = "fsm_storage.bulk"
+VALID_SECONDS = 3600
+"""How long what a dry run has shown can still be carried out."""
+SAMPLE = 20
+WORK_SECONDS = 5.0
+"""How long a request works before it shows how far it came."""
+RESULTS_PER_PAGE = 100
 
-Choose = Callable[[FSMRecord], Changes]
 
+class Selection(NamedTuple):
+    """What is to be done to which conversations, as it stands in the signed text that the dry run carries."""
 
-class Bulk(NamedTuple):
-    """An action that asks before it changes anything: its words."""
+    user: int
+    action: str
+    filter: str | None
+    """The list's address after the "?": all that match it; or None."""
+    ids: list[int]
+    number: int
+    arguments: dict[str, str] | None
+    """What was typed, once the dry run has shown what comes of it."""
 
-    name: str
-    title: str
-    explanation: str
-    button: str
+    def signed(self) -> str:
+        return signing.dumps(list(self), salt=SALT, compress=True)
 
 
 class ActionsMixin(Base):
-    """The actions of `RecordAdmin`."""
+    """The actions of `RecordAdmin`, and the pages to which they lead."""
 
-    actions = ["clear_state", "clear_all", "extend_ttl", "export_jsonl"]
+    actions = [*ACTIONS, "export_jsonl"]
 
-    # Django asks these by name: see `permissions` of the actions.
+    def get_urls(self) -> list[URLPattern]:
+        view, name = self.admin_site.admin_view, "fsm_storage_fsmrecord_bulk"
+        return [
+            path("bulk/", view(self.bulk_view), name=name),
+            path("bulk/<int:bulk_id>/", view(self.bulk_result_view), name=f"{name}_result"),
+            path("bulk/<int:bulk_id>/undo/", view(self.bulk_undo_view), name=f"{name}_undo"),
+            *super().get_urls(),
+        ]
 
-    def has_bulk_state_permission(self, request: HttpRequest) -> bool:
-        rights = rights_of(request.user)
-        return rights.bulk and rights.change_state
-
-    def has_bulk_data_permission(self, request: HttpRequest) -> bool:
-        rights = rights_of(request.user)
-        return rights.bulk and rights.change_data
-
-    def has_bulk_both_permission(self, request: HttpRequest) -> bool:
-        return self.has_bulk_state_permission(request) and self.has_bulk_data_permission(request)
+    def get_actions(self, request: HttpRequest) -> dict[str, Any]:
+        """Offer what the user may do."""
+        rights, actions = rights_of(request.user), super().get_actions(request)
+        return {
+            name: action
+            for name, action in actions.items()
+            if name not in ACTIONS or ACTIONS[name].is_allowed(rights)
+        }
 
     def has_export_permission(self, request: HttpRequest) -> bool:
         return rights_of(request.user).export
 
     @admin.action(
-        description=gettext_lazy("Clear the state of selected conversations"), permissions=["bulk_state"]
-    )
-    def clear_state(self, request: HttpRequest, queryset: QuerySet[FSMRecord]) -> HttpResponse | None:
-        bulk = Bulk(
-            "clear_state",
-            _("Clear the state"),
-            _("The bot will treat these people as if they had not started anything. Their data stays."),
-            _("Yes, clear the state"),
-        )
-        return self._ask_and_apply(request, queryset, bulk, lambda record: Changes(state=None))
-
-    @admin.action(
-        description=gettext_lazy("Clear state and data of selected conversations"), permissions=["bulk_both"]
-    )
-    def clear_all(self, request: HttpRequest, queryset: QuerySet[FSMRecord]) -> HttpResponse | None:
-        bulk = Bulk(
-            "clear_all",
-            _("Clear state and data"),
-            _("The bot will forget these conversations. This cannot be undone."),
-            _("Yes, clear everything"),
-        )
-        return self._ask_and_apply(request, queryset, bulk, lambda record: Changes(state=None, data={}))
-
-    @admin.action(
-        description=gettext_lazy("Extend the time to expiry of selected conversations"),
-        permissions=["bulk_state", "bulk_data"],
-    )
-    def extend_ttl(self, request: HttpRequest, queryset: QuerySet[FSMRecord]) -> HttpResponse | None:
-        bulk = Bulk(
-            "extend_ttl",
-            _("Extend the time to expiry"),
-            _("What would expire sooner will expire in this time from now. Nothing is shortened or revived."),
-            _("Extend"),
-        )
-        rights = rights_of(request.user)
-        form = ExtendForm(request.POST if "post" in request.POST else None)
-        return self._ask_and_apply(
-            request,
-            queryset,
-            bulk,
-            lambda record: _extension(record, form.cleaned_data["duration"], rights),
-            form,
-        )
-
-    @admin.action(
         description=gettext_lazy("Export selected conversations as JSON lines"), permissions=["export"]
     )
     def export_jsonl(self, request: HttpRequest, queryset: QuerySet[FSMRecord]) -> HttpResponseBase:
-        mask = mask_for(request.user)
-        lines = conversation_lines(queryset, look=mask.over if mask else None)
-        is_async = isinstance(request, ASGIRequest)
-        return StreamingHttpResponse(
-            _in_threads(lines) if is_async else lines,
-            content_type="application/x-ndjson",
-            headers={"Content-Disposition": 'attachment; filename="conversations.jsonl"'},
-        )
+        return export(request, queryset)
 
-    def _ask_and_apply(
+    def _ask_about(
+        self, request: HttpRequest, queryset: QuerySet[FSMRecord], name: str
+    ) -> HttpResponse | None:
+        """Begin an action of the list: show what is selected."""
+        count = _count(queryset)
+        if count > bulkwork.MOST:
+            text = _("More than %(most)d conversations are selected. Narrow the list with filters.")
+            self.message_user(request, text % {"most": bulkwork.MOST}, messages.ERROR)
+            return None
+        is_across = request.POST.get("select_across") == "1"
+        ids = [] if is_across else [int(pk) for pk in queryset.order_by("pk").values_list("pk", flat=True)]
+        selection = Selection(
+            int(request.user.pk or 0), name, request.GET.urlencode() if is_across else None, ids, count, None
+        )
+        return self._dry_run(request, selection, queryset)
+
+    def bulk_view(self, request: HttpRequest) -> HttpResponse:
+        """Show what was asked would do, or, when it has been shown, do it."""
+        if not rights_of(request.user).bulk:
+            raise PermissionDenied
+        if request.method != "POST":
+            return HttpResponseRedirect(self._list_url())
+        selection = self._read_selection(request)
+        if selection is None:
+            text = _(
+                "What this page showed is too old, or was changed on its way. Nothing was done: select again."
+            )
+            return self._back_to_list(request, text)
+        action = ACTIONS[selection.action]
+        if not action.is_allowed(rights_of(request.user)):
+            raise PermissionDenied
+        try:
+            queryset = self._selected(request, selection)
+        except IncorrectLookupParameters:
+            return self._back_to_list(request, _("The filter means nothing any more. Nothing was done."))
+        count = _count(queryset)
+        if count != selection.number:
+            text = _(
+                "%(before)d conversations were selected, now it would be %(now)d. Nothing was done: look again."
+            )
+            self.message_user(request, text % {"before": selection.number, "now": count}, messages.WARNING)
+            response = self._dry_run(request, selection._replace(number=count, arguments=None), queryset)
+            response.status_code = 409
+            return response
+        if selection.arguments is None or "run" not in request.POST:
+            return self._dry_run(request, selection, queryset)
+        return self._start(request, action, selection.arguments, queryset)
+
+    def _start(
+        self, request: HttpRequest, action: Action, typed: dict[str, str], queryset: QuerySet[FSMRecord]
+    ) -> HttpResponse:
+        found = queryset.order_by("pk").values_list("pk", "key")[: bulkwork.MOST]
+        return self._work(request, bulkwork.start(action, typed, found, request.user))
+
+    def _dry_run(
+        self, request: HttpRequest, selection: Selection, queryset: QuerySet[FSMRecord]
+    ) -> TemplateResponse:
+        """Show a sample of what is selected, and, when the arguments are there, what would become of it."""
+        action = ACTIONS[selection.action]
+        form = action.form(request.POST if "ask" in request.POST else None) if action.form else None
+        is_ready = form is None or (form.is_bound and form.is_valid())
+        arguments = form.cleaned_data if form and is_ready else {}
+        typed = {name: request.POST.get(name, "") for name in form.fields} if form else {}
+        selection = selection._replace(arguments=typed if is_ready else None)
+        rows = [self._row(request, action, arguments, is_ready, record) for record in queryset[:SAMPLE]]
+        context = {
+            "title": action.title,
+            "action": action,
+            "form": form,
+            "typed": [(form[name].label, text) for name, text in typed.items() if text] if form else [],
+            "is_ready": is_ready,
+            "token": selection.signed(),
+            "rows": rows,
+            "count": selection.number,
+            "more": selection.number - len(rows),
+            "list_query": selection.filter or "",
+        }
+        return self._show(request, "bulk.html", context)
+
+    def _row(
         self,
         request: HttpRequest,
-        queryset: QuerySet[FSMRecord],
-        bulk: Bulk,
-        choose: Choose,
-        form: ExtendForm | None = None,
-    ) -> HttpResponse | None:
-        found = queryset.order_by()[: MOST + 1].count()
-        if found > MOST:
-            text = _("More than %(most)d conversations are selected. Narrow the list with filters.")
-            self.message_user(request, text % {"most": MOST}, messages.ERROR)
-            return None
-        if "post" not in request.POST or not (form is None or form.is_valid()):
-            return self._ask(request, queryset, bulk, form)
-        if request.POST.get("expected") != str(found):
-            text = _("The number of conversations changed while you were looking: please look again.")
-            self.message_user(request, text, messages.WARNING)
-            return self._ask(request, queryset, bulk, form)
-        self._apply(request, queryset, choose)
-        return None
-
-    def _ask(
-        self, request: HttpRequest, queryset: QuerySet[FSMRecord], bulk: Bulk, form: ExtendForm | None
-    ) -> HttpResponse:
-        selected = request.POST.getlist(helpers.ACTION_CHECKBOX_NAME)
-        is_across = request.POST.get("select_across") == "1"
-        shown = list(queryset.defer("data")[:SHOWN])
-        count = queryset.order_by()[: MOST + 1].count()
-        rows = [(r, badge(r.current_state), record_expiry(r, clock_of(r))) for r in shown]
-        context = {
-            **self.admin_site.each_context(request),
-            "title": bulk.title,
-            "bulk": bulk,
-            "form": form,
-            "rows": rows,
-            "count": count,
-            "more": count - len(rows),
-            "is_across": is_across,
-            "selected": selected[:1] if is_across else selected,
-            "checkbox_name": helpers.ACTION_CHECKBOX_NAME,
-            "opts": self.opts,
-            "media": self.media,
+        action: Action,
+        arguments: dict[str, Any],
+        is_ready: bool,
+        record: FSMRecord,
+    ) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "key": record.key,
+            "state": badge(record.current_state),
+            "expiry": record_expiry(record, clock_of(record)),
         }
-        request.current_app = self.admin_site.name
-        return TemplateResponse(request, "admin/fsm_storage/fsmrecord/action_confirmation.html", context)
-
-    def _apply(self, request: HttpRequest, queryset: QuerySet[FSMRecord], choose: Choose) -> None:
-        ids = list(queryset.order_by("pk").values_list("pk", flat=True))
-        changed = 0
+        if not is_ready:
+            return row
         try:
-            for start in range(0, len(ids), BATCH):
-                changed += self._apply_batch(request, ids[start : start + BATCH], choose)
-        except (FSMStorageError, OperationalError) as error:
-            self.message_user(request, _("Stopped: %(error)s") % {"error": error}, messages.ERROR)
-        text = ngettext(
-            "%(count)d conversation was changed.", "%(count)d conversations were changed.", changed
+            changes = effective(record, action.choose(record, arguments, rights_of(request.user)))
+        except Impossible as error:
+            return {**row, "problem": str(error)}
+        mask = mask_for(request.user)
+        if changes.state is not KEEP:
+            row["new_state"] = badge(changes.state)
+        if changes.data is not KEEP:
+            row["changes"] = data_changes(record.current_data, changes.data, mask)
+        ttls = Changes(state_ttl=changes.state_ttl, data_ttl=changes.data_ttl)
+        return {**row, "ttls": list(told_ttls(noted(record, ttls))), "is_same": not changes}
+
+    def bulk_result_view(self, request: HttpRequest, bulk_id: int) -> HttpResponse:
+        """Show what became of each record; go on with what waits."""
+        bulk = self._find_bulk(request, bulk_id)
+        if request.method == "POST":
+            return self._work(request, bulk)
+        counts = dict(bulk.items.values_list("outcome").annotate(number=Count("pk")))
+        outcome = request.GET.get("outcome", "")
+        items = bulk.items.order_by("id")
+        shown = items.filter(outcome=outcome) if outcome in FSMBulkItem.Outcome.values else items
+        pages = Paginator(shown, RESULTS_PER_PAGE)
+        action = bulkwork.action_of(bulk)
+        context = {
+            "title": _("Undo: %(action)s") % {"action": action.title}
+            if bulk.action == UNDO
+            else action.title,
+            "bulk": bulk,
+            "total": sum(counts.values()),
+            "waiting": counts.get(FSMBulkItem.Outcome.WAITING, 0),
+            "done": sum(counts.values()) - counts.get(FSMBulkItem.Outcome.WAITING, 0),
+            "changed": counts.get(FSMBulkItem.Outcome.CHANGED, 0),
+            "counts": [(one, counts[one]) for one in FSMBulkItem.Outcome if counts.get(one)],
+            "outcome": outcome,
+            "page": pages.get_page(request.GET.get("p")),
+            "undone_by": bulk.undone_by.order_by("-id").first(),
+        }
+        return self._show(request, "bulk_result.html", context)
+
+    def bulk_undo_view(self, request: HttpRequest, bulk_id: int) -> HttpResponse:
+        bulk = self._find_bulk(request, bulk_id)
+        if request.method != "POST":
+            return HttpResponseRedirect(self._bulk_url("_result", bulk.pk))
+        return self._work(request, bulkwork.start_undo(bulk, request.user))
+
+    def _work(self, request: HttpRequest, bulk: FSMBulk) -> HttpResponse:
+        action, arguments = bulkwork.action_of(bulk), {}
+        if action.form and bulk.action != UNDO:
+            form = action.form(bulk.arguments)
+            form.is_valid()  # as it was when the dry run was shown
+            arguments = form.cleaned_data
+        try:
+            bulkwork.work(bulk, arguments, request.user, rights_of(request.user), WORK_SECONDS)
+        except bulkwork.Stopped as error:
+            text = _("The database did not take the changes: %(error)s. Go on when it does.")
+            self.message_user(request, text % {"error": error}, messages.ERROR)
+        return HttpResponseRedirect(self._bulk_url("_result", bulk.pk))
+
+    def _find_bulk(self, request: HttpRequest, bulk_id: int) -> FSMBulk:
+        """Return a change of many, for those who may do what it did."""
+        bulk = FSMBulk.objects.filter(pk=bulk_id).first()
+        if not rights_of(request.user).bulk:
+            raise PermissionDenied
+        if bulk is None:
+            raise Http404(_("There is no such change of many. They are kept for 30 days."))
+        if not bulkwork.action_of(bulk).is_allowed(rights_of(request.user)):
+            raise PermissionDenied
+        return bulk
+
+    def _read_selection(self, request: HttpRequest) -> Selection | None:
+        try:
+            found = signing.loads(request.POST.get("token", ""), salt=SALT, max_age=VALID_SECONDS)
+        except signing.BadSignature:
+            return None
+        selection = Selection(*found)
+        return selection if selection.user == request.user.pk else None
+
+    def _selected(self, request: HttpRequest, selection: Selection) -> QuerySet[FSMRecord]:
+        """Return what is selected, as of now. Raises `IncorrectLookupParameters`."""
+        if selection.filter is None:
+            return self.get_queryset(request).filter(pk__in=selection.ids)
+        listed = copy(request)
+        listed.GET = QueryDict(selection.filter)
+        changelist = self.get_changelist_instance(listed)
+        return changelist.get_queryset(listed)
+
+    def _back_to_list(self, request: HttpRequest, text: str) -> HttpResponse:
+        self.message_user(request, text, messages.ERROR)
+        return HttpResponseRedirect(self._list_url())
+
+    def _list_url(self) -> str:
+        return reverse("admin:fsm_storage_fsmrecord_changelist", current_app=self.admin_site.name)
+
+    def _bulk_url(self, suffix: str, *args: int) -> str:
+        return reverse(
+            f"admin:fsm_storage_fsmrecord_bulk{suffix}", args=args, current_app=self.admin_site.name
         )
-        level = messages.SUCCESS if changed else messages.WARNING
-        self.message_user(request, text % {"count": changed}, level)
-        if changed < len(ids):
-            text = _("%(count)d had nothing to change.") % {"count": len(ids) - changed}
-            self.message_user(request, text, messages.INFO)
 
-    def _apply_batch(self, request: HttpRequest, ids: list[int], choose: Choose) -> int:
-        """Change one batch; return how many were changed.
-
-        A transaction with its log entries for each kind of change, not one for all: rows are locked
-        in one order within a statement only, and a bot that writes meanwhile must not deadlock.
-        """
-        groups: dict[str, list[tuple[FSMRecord, Changes]]] = {}
-        for record in FSMRecord.objects.with_clock().filter(pk__in=ids):
-            changes = _effective(record, choose(record))
-            if changes:
-                groups.setdefault(_kind(changes), []).append((record, changes))
-        for group in groups.values():
-            with logged(request.user, [(record, noted(record, changes)) for record, changes in group]):
-                records = FSMRecord.objects.filter(pk__in=[record.pk for record, _changes in group])
-                records.edit(**group[0][1].as_arguments(), by=request.user)
-        return sum(map(len, groups.values()))
+    def _show(self, request: HttpRequest, template: str, context: dict[str, Any]) -> TemplateResponse:
+        request.current_app = self.admin_site.name
+        whole = {**self.admin_site.each_context(request), "opts": self.opts, "media": self.media, **context}
+        return TemplateResponse(request, f"admin/fsm_storage/fsmrecord/{template}", whole)
 
 
-def _effective(record: FSMRecord, changes: Changes) -> Changes:
-    """Return `changes` without the parts that `record` has already."""
-    state = KEEP if changes.state == record.current_state else changes.state
-    data = KEEP if changes.data == record.current_data else changes.data
-    return Changes(state, data, changes.state_ttl, changes.data_ttl)
+def _count(queryset: QuerySet[FSMRecord]) -> int:
+    return int(queryset.order_by()[: bulkwork.MOST + 1].count())
 
 
-def _kind(changes: Changes) -> str:
-    """Return what changes have in common that one statement can carry out together."""
-    return ",".join(name for name, value in vars(changes).items() if value is not KEEP)
+def _list_action(name: str) -> Any:
+    """Return the function that Django calls when an action is chosen in the list."""
+
+    @admin.action(description=cast(str, ACTIONS[name].title))
+    def begin(self: ActionsMixin, request: HttpRequest, queryset: QuerySet[FSMRecord]) -> HttpResponse | None:
+        return self._ask_about(request, queryset, name)
+
+    return begin
 
 
-def _extension(record: FSMRecord, duration: timedelta, rights: Rights) -> Changes:
-    """Return what lets each part of `record` that may be changed live for `duration` at least."""
-    now = clock_of(record)
-
-    def is_due(expires_at: datetime | None) -> bool:
-        return expires_at is not None and now < expires_at < now + duration
-
-    return Changes(
-        state_ttl=duration if rights.change_state and is_due(record.state_expires_at) else KEEP,
-        data_ttl=duration if rights.change_data and is_due(record.data_expires_at) else KEEP,
-    )
-
-
-def _next(lines: Iterator[str]) -> str | None:
-    return next(lines, None)
-
-
-async def _in_threads(lines: Iterator[str]) -> AsyncIterator[str]:
-    while (line := await sync_to_async(_next)(lines)) is not None:
-        yield line
+for _name in ACTIONS:
+    setattr(ActionsMixin, _name, _list_action(_name))

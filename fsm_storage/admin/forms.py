@@ -191,7 +191,7 @@ class RecordForm(forms.Form):
                 return KEEP  # also where it is no object: what is not changed need not be right
             return read_object(text)
         except JSONTextError as error:
-            raise ValidationError(_error_html(error)) from error
+            raise ValidationError(error_html(error)) from error
 
     def clean_data_patch(self) -> Any:
         """Return the opened data with the edited keys replaced: the others never left the server's hands."""
@@ -240,24 +240,7 @@ class RecordForm(forms.Form):
             self.add_error("data_ttl", _("There is no data that could expire."))
 
 
-def _error_html(error: JSONTextError) -> str:
+def error_html(error: JSONTextError) -> str:
     if not error.excerpt:
         return str(error)
     return format_html('{}<pre class="fsm-excerpt">{}</pre>', str(error), error.excerpt)
-
-
-class ExtendForm(forms.Form):
-    """How long the selected conversations shall still live."""
-
-    duration = forms.CharField(
-        label=gettext_lazy("Keep for at least"),
-        initial="24h",
-        help_text=HINT,
-        widget=forms.TextInput(attrs={"size": 12, "autocomplete": "off", "required": True}),
-    )
-
-    def clean_duration(self) -> timedelta:
-        try:
-            return parse_duration(self.cleaned_data["duration"])
-        except ValueError as error:
-            raise ValidationError(str(error)) from error

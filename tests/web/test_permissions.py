@@ -4,7 +4,7 @@ from django.test import Client
 from fsm_storage.models import FSMRecord, FSMTransition
 from tests.web.conftest import AGENT, LIST, XSS, form_of, fresh, html_of, page_of
 
-CHANGING = ["clear_state", "clear_all", "extend_ttl"]
+CHANGING = ["move_state", "set_key", "unset_key", "extend_ttl", "clear_state", "clear_all"]
 ACTIONS = [*CHANGING, "export_jsonl", "delete_selected"]
 TRANSITIONS = "/admin/fsm_storage/fsmtransition/"
 
@@ -84,9 +84,9 @@ DATA = ["view_data_fsmrecord", "change_data_fsmrecord"]
     [
         (["view_fsmrecord"], set()),
         (BULK, set()),
-        ([*BULK, "change_state_fsmrecord"], {"clear_state", "extend_ttl"}),
+        ([*BULK, "change_state_fsmrecord"], {"move_state", "clear_state", "extend_ttl"}),
         ([*BULK, "change_data_fsmrecord"], set()),
-        ([*BULK, *DATA], {"extend_ttl"}),
+        ([*BULK, *DATA], {"set_key", "unset_key", "extend_ttl"}),
         ([*BULK, *DATA, "change_state_fsmrecord"], {*CHANGING}),
         (["view_fsmrecord", *DATA, "change_state_fsmrecord"], set()),
         (["view_fsmrecord", "export_fsmrecord"], {"export_jsonl"}),

@@ -8,9 +8,11 @@ from django.core.checks import run_checks
 from django.test import override_settings
 from django.urls import URLPattern, get_resolver
 
+from fsm_storage.admin.actions import Selection
+from fsm_storage.admin.bulk import ACTIONS
 from fsm_storage.admin.forms import Changes
 from fsm_storage.admin.log import logged, noted
-from fsm_storage.models import FSMRecord, FSMTransition
+from fsm_storage.models import FSMBulk, FSMRecord, FSMTransition
 from fsm_storage.rights import HIDDEN, Mask, mask_for, rights_of
 from tests.web.conftest import LIST, form_of, fresh, html_of, messages_of, page_of
 
@@ -41,8 +43,17 @@ def urls_of(record):
     found = []
     for name in _names(get_resolver(), []):
         pk = step.pk if "fsmtransition" in name else record.pk
-        found.append("/" + name.replace("<path:object_id>", str(pk)))
+        number = name.replace("<path:object_id>", str(pk)).replace("<int:bulk_id>", str(_bulk_of(record)))
+        found.append(f"/{number}")
     return found
+
+
+def _bulk_of(record):
+    bulk, _made = FSMBulk.objects.get_or_create(action="clear_state", actor="x")
+    bulk.items.get_or_create(
+        record_id=record.pk, key=record.key, outcome="changed", before={"data": {"phone": SECRET}}
+    )
+    return bulk.pk
 
 
 def _names(resolver, prefix):
@@ -60,6 +71,7 @@ def test_the_walk_finds_the_urls(record):
     assert LIST in urls
     assert page_of(record) in urls
     assert f"{LIST}{record.pk}/history/" in urls
+    assert any(url.endswith("/undo/") for url in urls)
 
 
 def test_every_url_refuses_without_the_view_permission(as_user, record):
@@ -73,36 +85,54 @@ def test_every_url_refuses_without_the_view_permission(as_user, record):
     assert fresh(record).version == record.version
 
 
+def run(client, action, record, **arguments):
+    """Try to do an action to a record with a selection as the dry run would have signed it."""
+    user = client.get("/admin/").context["user"]
+    selection = Selection(user.pk, action, None, [record.pk], 1, arguments)
+    return client.post(f"{LIST}bulk/", {"token": selection.signed(), "run": "1"}, follow=True)
+
+
 @pytest.mark.parametrize(
-    "removed",
+    ("removed", "refused"),
     [
-        "change_state_fsmrecord",
-        "change_data_fsmrecord",
-        "bulk_fsmrecord",
-        "export_fsmrecord",
-        "delete_fsmrecord",
+        ("change_state_fsmrecord", {"move_state", "clear_state", "clear_all"}),
+        ("change_data_fsmrecord", {"set_key", "unset_key", "clear_all"}),
+        ("view_data_fsmrecord", {"set_key", "unset_key", "clear_all"}),
+        ("bulk_fsmrecord", set(ACTIONS)),
+        ("export_fsmrecord", set()),
+        ("delete_fsmrecord", set()),
     ],
 )
-def test_what_a_missing_permission_forbids_is_not_done(as_user, record, removed):
+def test_what_a_missing_permission_forbids_is_not_done(as_user, record, removed, refused):
     client = as_user(*(name for name in ALL if name != removed))
-    act = {"_selected_action": [record.pk], "post": "yes", "expected": 1, "duration": "2h", "index": 0}
+    arguments = {"other_state": "Order:size", "name": "a", "value": "1", "duration": "2h"}
+    for action in refused:
+        assert run(client, action, record, **arguments).status_code == 403, action
     match removed:
         case "change_state_fsmrecord":
             client.post(page_of(record), form_of(record, state="none", other_state="x", state_ttl_for="2h"))
-            client.post(LIST, {**act, "action": "clear_state"})
-            client.post(LIST, {**act, "action": "clear_all"})
-        case "change_data_fsmrecord":
+        case "change_data_fsmrecord" | "view_data_fsmrecord":
             client.post(page_of(record), form_of(record, data_json="{}", data_ttl_for="2h", data_patch="{}"))
-            client.post(LIST, {**act, "action": "clear_all"})
-        case "bulk_fsmrecord":
-            for action in ("clear_state", "clear_all", "extend_ttl"):
-                client.post(LIST, {**act, "action": action})
         case "export_fsmrecord":
-            assert not client.post(LIST, {**act, "action": "export_jsonl"}).streaming
+            act = {"action": "export_jsonl", "_selected_action": [record.pk]}
+            assert not client.post(LIST, act).streaming
         case "delete_fsmrecord":
             assert client.post(f"{LIST}{record.pk}/delete/", {"post": "yes"}).status_code == 403
-            client.post(LIST, {**act, "action": "delete_selected"})
+            client.post(LIST, {"action": "delete_selected", "_selected_action": [record.pk], "post": "yes"})
     assert fresh(record).version == record.version
+    for action in set(ACTIONS) - refused:
+        assert run(client, action, record, **arguments).status_code == 200, action
+
+
+def test_results_and_their_undo_need_the_rights_of_the_action(as_user, record):
+    url = run(as_user(*ALL), "set_key", record, name="a", value="1").redirect_chain[-1][0]
+    version = fresh(record).version
+    for missing in ("view_fsmrecord", "view_data_fsmrecord", "change_data_fsmrecord", "bulk_fsmrecord"):
+        client = as_user(*(name for name in ALL if name != missing))
+        assert client.get(url).status_code == 403
+        assert client.post(url).status_code == 403
+        assert client.post(f"{url}undo/").status_code == 403
+    assert fresh(record).version == version
 
 
 def test_nothing_shows_data_without_its_permission(as_user, record):
@@ -162,11 +192,10 @@ def test_read_only_leaves_nothing_to_change_for_anybody(admin_client, record):
         assert tag not in body
     listed = html_of(admin_client.get(LIST))
     assert '<option value="export_jsonl"' in listed
-    for action in ("clear_state", "clear_all", "extend_ttl", "delete_selected"):
+    for action in ACTIONS:
         assert f'<option value="{action}"' not in listed
-        admin_client.post(
-            LIST, {"action": action, "_selected_action": [record.pk], "post": "yes", "expected": 1}
-        )
+        assert run(admin_client, action, record, name="a", value="1", duration="2h").status_code == 403
+    admin_client.post(LIST, {"action": "delete_selected", "_selected_action": [record.pk], "post": "yes"})
     assert admin_client.post(page_of(record), form_of(record, state="none")).status_code == 403
     assert admin_client.post(f"{LIST}{record.pk}/delete/", {"post": "yes"}).status_code == 403
     assert FSMRecord.objects.get(pk=record.pk).version == record.version

@@ -106,7 +106,8 @@ def test_bulk_changes_are_there_once(agent, make_record):
     for record in records:
         record.edit(state="Order:size", source="bot")
     ids = {"action": "clear_all", "_selected_action": [r.pk for r in records]}
-    agent.post("/admin/fsm_storage/fsmrecord/", {**ids, "post": "yes", "expected": 3})
+    page = agent.post("/admin/fsm_storage/fsmrecord/", ids)
+    agent.post("/admin/fsm_storage/fsmrecord/bulk/", {"token": page.context["token"], "run": "1"})
     for record in records:
         steps = steps_of(agent, record)
         assert [step.source for step in steps] == ["admin", "bot"]

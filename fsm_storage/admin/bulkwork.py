@@ -1,0 +1,207 @@
+"""Changes of many conversations, carried out: each by compare-and-set, in batches, with a result for each.
+
+Nothing here knows of requests. A batch that fails or is done twice at a time leaves no half result:
+the items and their records change in one transaction, if they are in one database.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from django.db import OperationalError, router, transaction
+from django.db.models.functions import Now
+
+from fsm_storage.admin.bulk import ACTIONS, UNDO, Action, Impossible, effective, undoing
+from fsm_storage.admin.forms import Changes
+from fsm_storage.admin.log import logged, noted
+from fsm_storage.conf import storages
+from fsm_storage.exceptions import FSMStorageError, StorageTimeout, StorageUnavailable, VersionConflict
+from fsm_storage.models import FSMBulk, FSMBulkItem, FSMRecord
+from fsm_storage.patches import KEEP
+from fsm_storage.rights import Rights
+
+MOST = 10_000
+"""Records that one change takes at most."""
+BATCH = 200
+TRIES = 3
+KEPT = timedelta(days=30)
+"""How long results, and with them the way to undo, are kept. They hold data of conversations."""
+
+Outcome = FSMBulkItem.Outcome
+
+
+class Stopped(Exception):
+    """The database did not take a batch; what waits can be gone on with later."""
+
+
+class Task(NamedTuple):
+    """What to do to one record, decided upon the version in hand."""
+
+    item: FSMBulkItem
+    record: FSMRecord
+    changes: Changes
+
+
+class _Taken(Exception):
+    """Another request is at work on the same items."""
+
+
+def start(
+    action: Action, arguments: dict[str, Any], records: Iterable[tuple[int, str]], user: Any
+) -> FSMBulk:
+    """Write down what shall be done to which records; `work` does it."""
+    return _start(action.name, arguments, [FSMBulkItem(record_id=pk, key=key) for pk, key in records], user)
+
+
+def start_undo(bulk: FSMBulk, user: Any) -> FSMBulk:
+    """Write down that what `bulk` changed shall be as before, where nobody has changed it since."""
+    changed = bulk.items.filter(outcome=Outcome.CHANGED)
+    items = [
+        FSMBulkItem(record_id=item.record_id, key=item.key, before=item.before, version=item.version)
+        for item in changed
+    ]
+    return _start(UNDO, {"of": action_of(bulk).name}, items, user, undoes=bulk)
+
+
+def _start(
+    name: str, arguments: dict[str, Any], items: list[FSMBulkItem], user: Any, **fields: Any
+) -> FSMBulk:
+    with transaction.atomic(using=router.db_for_write(FSMBulk)):
+        FSMBulk.objects.filter(created_at__lt=Now() - KEPT).delete()
+        bulk = FSMBulk.objects.create(action=name, arguments=arguments, actor=user.get_username(), **fields)
+        for item in items:
+            item.bulk = bulk
+        FSMBulkItem.objects.bulk_create(items, batch_size=BATCH)
+    return bulk
+
+
+def action_of(bulk: FSMBulk) -> Action:
+    """Return the action of a change; for an undo, the one that is undone."""
+    return ACTIONS[bulk.arguments["of"] if bulk.action == UNDO else bulk.action]
+
+
+def work(bulk: FSMBulk, arguments: dict[str, Any], user: Any, rights: Rights, seconds: float) -> None:
+    """Do what waits, for about `seconds`. Raises `Stopped`."""
+    deadline = time.monotonic() + seconds
+    worker = Worker(bulk, arguments, user, rights)
+    while items := list(bulk.items.filter(outcome=Outcome.WAITING).order_by("id")[:BATCH]):
+        try:
+            worker.carry_out(items)
+        except (OperationalError, StorageTimeout, StorageUnavailable) as error:
+            raise Stopped(str(error)) from error
+        if time.monotonic() >= deadline:
+            return
+
+
+class Worker:
+    """Carries out batches of one change, for one user."""
+
+    def __init__(self, bulk: FSMBulk, arguments: dict[str, Any], user: Any, rights: Rights) -> None:
+        self.bulk, self.arguments, self.user, self.rights = bulk, arguments, user, rights
+        self.action = action_of(bulk)
+
+    def carry_out(self, items: Sequence[FSMBulkItem]) -> None:
+        """Do one batch: the records that change alike in one transaction, which is much quicker than one each."""
+        groups: dict[str, list[Task]] = {}
+        for task in self._decide(items):
+            groups.setdefault(f"{task.record.alias} {task.changes}", []).append(task)
+        for group in groups.values():
+            self._change(group)
+
+    def _decide(self, items: Sequence[FSMBulkItem]) -> list[Task]:
+        records = {
+            record.pk: record
+            for record in FSMRecord.objects.with_clock().filter(pk__in=[item.record_id for item in items])
+        }
+        tasks = []
+        for item in items:
+            record = records.get(item.record_id)
+            if record is None:
+                _settle([item], Outcome.GONE)
+            elif self.bulk.action == UNDO and record.version != item.version:
+                _settle([item], Outcome.MOVED)
+            elif (changes := self._changes(item, record)) is not None:
+                tasks.append(Task(item, record, changes))
+        return tasks
+
+    def _changes(self, item: FSMBulkItem, record: FSMRecord) -> Changes | None:
+        """Return what shall be changed; None where there is nothing, which is noted."""
+        try:
+            if self.bulk.action == UNDO:
+                changes = undoing(record, item.before or {})
+            else:
+                changes = self.action.choose(record, self.arguments, self.rights)
+        except Impossible as error:
+            _settle([item], Outcome.FAILED, str(error))
+            return None
+        changes = effective(record, changes)
+        if not changes:
+            _settle([item], Outcome.UNCHANGED)
+            return None
+        return changes
+
+    def _change(self, tasks: list[Task], tries: int = TRIES) -> None:
+        try:
+            self._write(tasks)
+        except _Taken:
+            return
+        except (StorageTimeout, StorageUnavailable):
+            raise
+        except FSMStorageError as error:
+            if len(tasks) > 1:
+                for task in tasks:
+                    self._change([task])
+            elif not isinstance(error, VersionConflict):
+                _settle([tasks[0].item], Outcome.FAILED, str(error))
+            elif tries and self.bulk.action != UNDO:
+                for task in self._decide([tasks[0].item]):  # upon what the bot has made of it meanwhile
+                    self._change([task], tries - 1)
+            else:
+                _settle([tasks[0].item], Outcome.MOVED)
+
+    def _write(self, tasks: list[Task]) -> None:
+        """Change the records, their log entries and the items together; all or, when it raises, none."""
+        changes, alias = tasks[0].changes, tasks[0].record.alias
+        items = [task.item for task in tasks]
+        database = router.db_for_write(FSMBulkItem)
+        with transaction.atomic(using=database):
+            waiting = FSMBulkItem.objects.using(database).filter(outcome=Outcome.WAITING)
+            if waiting.filter(pk__in=[item.pk for item in items]).update(outcome=Outcome.CHANGED) != len(
+                items
+            ):
+                raise _Taken
+            with logged(self.user, [(task.record, noted(task.record, changes)) for task in tasks]):
+                storages.editor(alias).edit(
+                    [task.record for task in tasks],
+                    **changes.as_arguments(),
+                    if_versions=[task.record.version for task in tasks],
+                    by=self.user,
+                )
+            pks = [task.record.pk for task in tasks]
+            versions = dict(FSMRecord.objects.filter(pk__in=pks).values_list("pk", "version"))
+            for task in tasks:
+                task.item.version = versions.get(task.record.pk)
+                task.item.before = _before(task.record, changes)
+            FSMBulkItem.objects.using(database).bulk_update(items, ["version", "before"], batch_size=BATCH)
+
+
+def _before(record: FSMRecord, changes: Changes) -> dict[str, Any]:
+    """Return the parts of `record` that `changes` touch, as they are before."""
+    before: dict[str, Any] = {}
+    for part in ("state", "data"):
+        is_changed = getattr(changes, part) is not KEEP
+        if is_changed:
+            before[part] = getattr(record, f"current_{part}")
+        if is_changed or getattr(changes, f"{part}_ttl") is not KEEP:
+            at = getattr(record, f"{part}_expires_at")
+            before[f"{part}_expires_at"] = at.isoformat() if at else None
+    return before
+
+
+def _settle(items: Sequence[FSMBulkItem], outcome: FSMBulkItem.Outcome, reason: str = "") -> None:
+    """Note the outcome of items that still wait."""
+    waiting = FSMBulkItem.objects.filter(pk__in=[item.pk for item in items], outcome=Outcome.WAITING)
+    waiting.update(outcome=outcome, reason=reason[:255])
