@@ -104,6 +104,11 @@ def _check_text(part: str, value: object) -> None:
         raise InvalidKey(part, value, flaw)
 
 
+def name_key(text: str) -> str:
+    """Return a name as it is searched: without difference of upper and lower case, in any script."""
+    return text.casefold()[:MAX_NAME_LENGTH]
+
+
 def state_text(state: StateType, key: str | None = None) -> str | None:
     """Return the text of a state, as aiogram does for a `State`; refuse what cannot be kept exactly."""
     if isinstance(state, State):

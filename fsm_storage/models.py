@@ -17,11 +17,11 @@ from fsm_storage.keys import (
     MAX_ACTOR_LENGTH,
     MAX_ALIAS_LENGTH,
     MAX_KEY_LENGTH,
-    MAX_NAME_LENGTH,
     MAX_OWNER_LENGTH,
     MAX_STATE_LENGTH,
 )
 from fsm_storage.patches import KEEP, Keep
+from fsm_storage.peers import FSMPeer
 from fsm_storage.tallies import FSMHourlyMove, FSMHourlyPath, FSMRollupMark, FSMRun
 
 if TYPE_CHECKING:
@@ -470,30 +470,6 @@ class FSMLease(models.Model):
 
     def __str__(self) -> str:
         return self.key
-
-
-class FSMPeer(models.Model):
-    """What a chat or a user is called. Telegram's ids of chats and of users never meet."""
-
-    peer_id = models.BigIntegerField(_("id"), primary_key=True)
-    title = models.CharField(_("title"), max_length=MAX_NAME_LENGTH, blank=True, default="", db_default="")
-    username = models.CharField(
-        _("user name"), max_length=MAX_NAME_LENGTH, blank=True, default="", db_default=""
-    )
-    updated_at = models.DateTimeField(_("last change"), db_default=Now())
-
-    class Meta:
-        db_table = "fsm_storage_peer"
-        verbose_name = _("name")
-        verbose_name_plural = _("names")
-        default_permissions = ("view",)
-        indexes = [
-            models.Index(fields=["username"], name="fsm_storage_peer_username"),
-            models.Index(fields=["title"], name="fsm_storage_peer_title"),
-        ]
-
-    def __str__(self) -> str:
-        return self.title or self.username or str(self.peer_id)
 
 
 class FSMBulk(models.Model):

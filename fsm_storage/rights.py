@@ -14,7 +14,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
 HIDDEN = "•••"
-DEFAULTS: dict[str, Any] = {"MASK": ["*"], "READ_ONLY": False}
+DEFAULTS: dict[str, Any] = {"MASK": ["*"], "READ_ONLY": False, "NAMES": None}
 
 Path = tuple[str, ...]
 Hides = Callable[[Path], bool]
@@ -130,6 +130,18 @@ def check_options() -> None:
     if not isinstance(option("READ_ONLY"), bool):
         raise InvalidAdminError(f"FSM_ADMIN['READ_ONLY'] must be True or False, not {option('READ_ONLY')!r}")
     _rule(option("MASK"))
+    _check_names(option("NAMES"))
+
+
+def _check_names(names: Any) -> None:
+    try:
+        found = import_string(names) if isinstance(names, str) else names
+    except ImportError as error:
+        raise InvalidAdminError(f"FSM_ADMIN['NAMES'] {names!r} cannot be imported: {error}") from error
+    if found is not None and found is not False and not callable(found):
+        raise InvalidAdminError(
+            f"FSM_ADMIN['NAMES'] must be a function of ids, its dotted path, None or False, not {names!r}"
+        )
 
 
 def _rule(mask: Any) -> Hides:

@@ -22,7 +22,7 @@ from aiogram.methods.base import TelegramType
 from aiogram.types import BotCommand, Update
 from aiogram.utils.token import TokenValidationError
 
-from fsm_storage.chats import MoveChats
+from fsm_storage.chats import KeepNames, MoveChats
 from project.handlers import build_router
 
 logger = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ def build_dispatcher(
         events_isolation=events_isolation or SimpleEventIsolation(),
     )
     dispatcher.update.outer_middleware(MoveChats())
+    dispatcher.update.outer_middleware(KeepNames())
     dispatcher.include_router(build_router())
     dispatcher.startup.register(set_commands)
     return dispatcher

@@ -11,6 +11,8 @@ from django.db.models import QuerySet
 from django.http import HttpRequest
 from django.utils.functional import cached_property
 
+from fsm_storage.admin.presentation import with_names
+
 COUNT_LIMIT = 1000
 PAGES_AHEAD = 3
 DEEPEST_PAGE = 10_000
@@ -85,6 +87,11 @@ class BoundedChangeList(_ChangeList):
 
 class RecordChangeList(BoundedChangeList):
     deferred = ("data",)
+
+    def get_results(self, request: HttpRequest) -> None:
+        """Find the names of all chats and users of the page with one query."""
+        super().get_results(request)
+        with_names(self.result_list)
 
 
 class TransitionChangeList(BoundedChangeList):

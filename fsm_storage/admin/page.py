@@ -16,6 +16,7 @@ from fsm_storage.admin.timeline import Cursor, timeline
 from fsm_storage.discovery import declared_states
 from fsm_storage.models import FSMLease, FSMRecord
 from fsm_storage.patches import KEEP
+from fsm_storage.peers import names_of
 from fsm_storage.rights import mask_for
 
 BEFORE = "before"
@@ -25,7 +26,10 @@ BEFORE = "before"
 def facts(request: HttpRequest, record: FSMRecord) -> dict[str, Any]:
     now, state, mask = clock_of(record), record.current_state, mask_for(request.user)
     before = Cursor.read(request.GET.get(BEFORE, ""))
+    names = names_of((record.chat_id, record.user_id))
     return {
+        "chat_name": names.get(record.chat_id),
+        "user_name": names.get(record.user_id),
         "state_badge": badge(state),
         "is_undeclared": state is not None and state not in declared_states(),
         "state_expiry": expiry(record.state_expires_at, now) if record.state is not None else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from zlib import crc32
 
@@ -13,6 +14,7 @@ from django.utils.translation import gettext as _
 from fsm_storage.discovery import declared_states
 from fsm_storage.durations import in_words
 from fsm_storage.models import FSMRecord
+from fsm_storage.peers import Name, names_of
 
 COLOURS = 12
 
@@ -113,3 +115,22 @@ def _part(name: str, text: SafeString) -> SafeString:
 def labelled(label: str, content: object) -> SafeString:
     """Return the content of a cell, with a label that only the narrow, headless table shows."""
     return format_html('<span class="fsm-label">{}</span>{}', label, content)
+
+
+def with_names(records: Iterable[FSMRecord]) -> None:
+    """Give each record the names of its chat and user, found with one query, for `peer`."""
+    found = list(records)
+    names = names_of(number for record in found for number in (record.chat_id, record.user_id))
+    for record in found:
+        record.names = names  # type: ignore[attr-defined]
+
+
+def peer(record: FSMRecord, number: int) -> SafeString:
+    """Return a chat or user of `record`: its name, if it is known, and its id."""
+    name: Name | None = getattr(record, "names", {}).get(number)
+    if name is None:
+        return format_html("{}", number)
+    at = format_html(' <span class="fsm-quiet">@{}</span>', name.username) if name.username else ""
+    return format_html(
+        '<span class="fsm-name">{}</span>{} <span class="fsm-id">{}</span>', name.title, at, number
+    )

@@ -19,7 +19,7 @@ from fsm_storage.admin.changelist import BoundedPaginator, RecordChangeList, pag
 from fsm_storage.admin.editing import EditingMixin
 from fsm_storage.admin.funnels import FunnelMixin
 from fsm_storage.admin.mapping import MappingMixin
-from fsm_storage.admin.presentation import ago, badge, clock_of, labelled, record_expiry
+from fsm_storage.admin.presentation import ago, badge, clock_of, labelled, peer, record_expiry
 from fsm_storage.models import FSMRecord, FSMRecordQuerySet
 from fsm_storage.rights import mask_for, rights_of
 from fsm_storage.search import HELP, SearchError, search
@@ -96,11 +96,11 @@ class RecordAdmin(EditingMixin, ActionsMixin, FunnelMixin, MappingMixin, Base):
             record.alias if record.alias != "default" else "",
         ]
         extra = format_html_join("", ' <span class="fsm-place">{}</span>', ((p,) for p in places if p))
-        return labelled(_("Chat"), format_html("{}{}", record.chat_id, extra))
+        return labelled(_("Chat"), format_html("{}{}", peer(record, record.chat_id), extra))
 
     @admin.display(description=gettext_lazy("user"))
     def user(self, record: FSMRecord) -> SafeString:
-        return labelled(_("User"), record.user_id)
+        return labelled(_("User"), peer(record, record.user_id))
 
     @admin.display(description=gettext_lazy("bot"))
     def bot(self, record: FSMRecord) -> SafeString:

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 from aiogram.fsm.storage.base import StorageKey
 
 from fsm_storage.codec import Codec
+from fsm_storage.keys import name_key
 from fsm_storage.patches import NEVER, Patch, Ttl
 
 History = Literal["off", "states", "full"]
@@ -168,6 +169,26 @@ class Claim(NamedTuple):
         return dialect.claim(errands, scope)
 
 
+class Naming(NamedTuple):
+    """Keep what a chat or a user is called, if that is news; the reply says whether it was.
+
+    None: somebody else holds the row, and nothing was done. `key` is the id.
+    """
+
+    key: int
+    title: str
+    username: str
+
+    def columns(self) -> tuple[int | str, ...]:
+        """Return the values of the row: the id, the names, and the keys by which they are searched."""
+        title = name_key(self.title)
+        return (*self, title, title.partition(" ")[2], name_key(self.username))
+
+    @staticmethod
+    def plan(dialect: Dialect, errands: Sequence[Naming], scope: Scope) -> Plan[list[bool | None]]:
+        return dialect.name(errands)
+
+
 class Dialect(Protocol):
     """One database family."""
 
@@ -200,6 +221,9 @@ class Dialect(Protocol):
         A token is larger than any before it of the same key, also of leases that were given back and
         are in the table no more. Only the database's clock counts; it is read before any waiting.
         """
+
+    def name(self, namings: Sequence[Naming]) -> Plan[list[bool | None]]:
+        """Write the names that are new or have changed. One statement."""
 
     def sweep_leases(self, scope: Scope, limit: int) -> Plan[int]:
         """Delete up to `limit` leases that ran out; return how many."""

@@ -30,6 +30,7 @@ from fsm_storage.dialects import (
     Written,
 )
 from fsm_storage.dialects import postgresql_leases as leases
+from fsm_storage.dialects import postgresql_peers as peers
 from fsm_storage.dialects import postgresql_sql as sql
 from fsm_storage.exceptions import CorruptData, VersionConflict
 from fsm_storage.patches import EMPTY, KEEP, Patch
@@ -107,6 +108,7 @@ class PostgreSQL:
     binds_on_server = True
     claim = staticmethod(leases.claim)
     sweep_leases = staticmethod(leases.sweep)
+    name = staticmethod(peers.name)
 
     def read(self, reads: Sequence[Read], scope: Scope) -> Plan[list[ReadReply]]:
         found: dict[bool, dict[str, Any]] = {}

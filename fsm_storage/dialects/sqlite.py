@@ -19,6 +19,7 @@ from fsm_storage.dialects import (
     WriteReply,
 )
 from fsm_storage.dialects import sqlite_leases as leases
+from fsm_storage.dialects import sqlite_peers as peers
 from fsm_storage.dialects.rows import Expired, Row, Work, lapsed_of
 from fsm_storage.patches import EMPTY
 
@@ -132,6 +133,7 @@ class SQLite:
     binds_on_server = False
     claim = staticmethod(leases.claim)
     sweep_leases = staticmethod(leases.sweep)
+    name = staticmethod(peers.name)
 
     def read(self, reads: Sequence[Read], scope: Scope) -> Plan[list[ReadReply]]:
         replies: list[ReadReply] = [EMPTY if read.data else None for read in reads]

@@ -16,6 +16,7 @@ CORE = {*PURE, "batching", "outbox", "models", "conf", "signals"}
 FIGURES = {"tallies", "rollup", "figures", "layout", "statemap", "picture"}
 BELOW_ADMIN = {
     *CORE,
+    "peers",
     *FIGURES,
     "backends",
     "lifecycle",
@@ -39,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "signals": {"dialects"},
     "conf": {"exceptions"},  # storages are loaded by their dotted paths
     "tallies": {"keys"},
-    "models": {"exceptions", "keys", "patches", "conf", "tallies"},
+    "peers": {"keys", "rights"},
+    "models": {"exceptions", "keys", "patches", "conf", "tallies", "peers"},
     "rollup": {"models", "tallies"},
     "figures": {"models", "tallies", "rollup", "graph"},
     "layout": set(),
@@ -48,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "discovery": set(),
     "durations": set(),
     "rights": set(),
-    "search": {"models", "rights"},
+    "search": {"models", "peers", "rights"},
     "graph": {"models", "discovery"},
     "backends": CORE,
     "leases": {*PURE, "batching"},
@@ -56,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sources": {"exceptions", "transfer"},
     "lifecycle": {*CORE, "backends", "leases", "rollup"},
     "operations": CORE,
-    "chats": set(),
+    "chats": {"dialects", "keys"},
     "checks": {*CORE, "backends", "discovery", "rights"},
     "apps": {"checks"},
     "admin": BELOW_ADMIN,

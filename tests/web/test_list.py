@@ -201,7 +201,7 @@ def test_search(agent, make_record, query, hits):
 @pytest.mark.parametrize(
     ("query", "words"),
     [
-        ("pizza", "neither an id nor key=value"),
+        ("pizza", "No name that is known begins with"),
         ("=x", "neither an id nor key=value"),
         ("a..b=x", "neither an id nor key=value"),
         ("9" * 25, "too big"),
