@@ -23,7 +23,7 @@ HELP = gettext_lazy(
 _LOW, _HIGH = -(2**63), 2**63 - 1
 _ID = re.compile(r"[+-]?\d{1,30}", re.ASCII)
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,300})(?:\.\d{1,100})?(?:[eE][+-]?\d{1,3})?", re.ASCII)
-_QUOTED = re.compile(r'''"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'''')
+_QUOTED = re.compile(r"""\"(?:[^"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'""")
 _MAX_DEPTH = 20
 MAX_NAMED = 500
 """People and chats whose names begin with a term."""
@@ -70,7 +70,9 @@ def _is_called(text: str) -> Q:
         )
     if not ids:
         raise SearchError(
-            _("No name that is known begins with “%(term)s”. Type another, an id, or key=value, like item=pizza.")
+            _(
+                "No name that is known begins with “%(term)s”. Type another, an id, or key=value, like item=pizza."
+            )
             % {"term": text}
         )
     return Q(chat_id__in=ids) | Q(user_id__in=ids)
