@@ -59,3 +59,8 @@ FSM_STORAGES = {
     **FSM_STORAGES,
     "postgres": {"BACKEND": "fsm_storage.DjangoStorage", "OPTIONS": {"database": "postgres"}},
 }
+
+# For processes that sweep: what they leave to handlers, or call them for.
+if "FSM_TEST_EXPIRY" in os.environ:
+    for _storage in FSM_STORAGES.values():
+        _storage.setdefault("OPTIONS", {})["expiry"] = os.environ["FSM_TEST_EXPIRY"]

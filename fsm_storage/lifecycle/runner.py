@@ -30,6 +30,7 @@ from fsm_storage.dialects import TOGETHER
 from fsm_storage.exceptions import CorruptData, FSMStorageError, VersionConflict
 from fsm_storage.leases import Lease, LeaseKeeper
 from fsm_storage.lifecycle.handlers import Expired, Part
+from fsm_storage.lifecycle.sweeper import Sweeper
 from fsm_storage.models import FSMRecord, FSMRecordQuerySet
 from fsm_storage.patches import EMPTY
 
@@ -85,6 +86,7 @@ class Runner:
         self._keeper = LeaseKeeper(storage, LEASE)
         # Not Django's own thread, in which the bot's synchronous code waits for its turn.
         self._thread = ThreadPoolExecutor(1, "fsm_storage expiry")
+        self._sweeping = ThreadPoolExecutor(1, "fsm_storage sweep")
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._setbacks: dict[tuple[str, Part, datetime], Setback] = {}
 
@@ -115,8 +117,9 @@ class Runner:
                 logger.warning("%d expiry handlers were cancelled and will be called again", len(late))
                 await asyncio.wait(late)
         await self._keeper.close()
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._storage.release)
-        self._thread.shutdown(wait=False)
+        for thread in (self._thread, self._sweeping):
+            await asyncio.get_running_loop().run_in_executor(thread, self._storage.release)
+            thread.shutdown(wait=False)
 
     async def _guarded(self, step: Callable[[], Awaitable[float]]) -> float:
         """Return the pause after a step, also if it failed: this goes on as long as the bot does."""
@@ -134,10 +137,11 @@ class Runner:
             await asyncio.sleep(pause)
 
     async def _sweep(self) -> float:
-        """Clear a batch of what no handler is for; return how long to wait for the next one."""
-        began = time.monotonic()
-        swept = await self._ask(self._storage.sweep)
-        return min(time.monotonic() - began, 1.0) if any(swept) else self._expiry.interval
+        """Clear what no handler is for, in a thread of its own, which rests between its batches."""
+        batches = Sweeper(self._storage).sweep()
+        while await self._ask(partial(next, batches, None), self._sweeping) is not None:
+            pass
+        return self._expiry.interval
 
     async def _begin_due(self) -> float:
         """Start the handlers for which there is room; return how long nothing else can be done."""
@@ -146,11 +150,11 @@ class Runner:
             return self._expiry.interval
         # More than there is room for, of which any: processes that look at the same time shall not want the same.
         limit = 4 * room + len(self._tasks) + len(self._setbacks)
-        found = await self._ask(partial(self._select, limit))
+        found = await self._retried(partial(self._select, limit))
         ready = list(dict.fromkeys(case.record_key for case in found if self._is_ready(case)))[: 4 * room]
         wanted = random.sample(ready, min(room, len(ready)))
         if not wanted:
-            return min(await self._ask(self._seconds_to_next), self._seconds_to_retry())
+            return min(await self._retried(self._seconds_to_next), self._seconds_to_retry())
         leases = await self._keeper.try_acquire(wanted)
         await self._begin(leases)
         return 0.0 if leases else CONTENDED_PAUSE
@@ -165,7 +169,7 @@ class Runner:
         """Look again at what was claimed: it may have been renewed, or done, between look and claim."""
         started: set[str] = set()
         try:
-            cases = await self._ask(partial(self._look, list(leases))) if leases else []
+            cases = await self._retried(partial(self._look, list(leases))) if leases else []
             for case in cases:
                 lease = leases[case.record_key]
                 if case.record_key not in started and self._is_ready(case) and not lease.is_over():
@@ -261,7 +265,7 @@ class Runner:
             try:
                 await self._storage.clear_expired(case.key, case.part, version)
             except VersionConflict:
-                found = await self._ask(partial(self._look, [case.record_key]))
+                found = await self._retried(partial(self._look, [case.record_key]))
                 same = [other.version for other in found if other.name == case.name]
                 if not same:
                     return
@@ -274,11 +278,14 @@ class Runner:
         waiting = [setback.not_before - now for setback in self._setbacks.values()]
         return max(min(waiting, default=self._expiry.interval), 0.01)
 
-    async def _ask(self, question: Callable[[], T]) -> T:
+    async def _ask(self, question: Callable[[], T], thread: ThreadPoolExecutor | None = None) -> T:
         """Ask the database, in a thread of our own."""
         if self._storage.in_transaction:
             return await sync_to_async(question)()
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._storage.retried, question)
+        return await asyncio.get_running_loop().run_in_executor(thread or self._thread, question)
+
+    async def _retried(self, question: Callable[[], T]) -> T:
+        return await self._ask(partial(self._storage.retried, question))
 
     # From here on: in that thread.
 
