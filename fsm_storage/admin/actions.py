@@ -18,6 +18,7 @@ from django.db.models import Count, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase, HttpResponseRedirect, QueryDict
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
+from django.utils import timezone
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 
@@ -27,7 +28,7 @@ from fsm_storage.admin.comparing import data_changes
 from fsm_storage.admin.export import export
 from fsm_storage.admin.forms import Changes
 from fsm_storage.admin.log import noted, told_ttls
-from fsm_storage.admin.presentation import badge, clock_of, record_expiry
+from fsm_storage.admin.presentation import ago, badge, clock_of, record_expiry
 from fsm_storage.models import FSMBulk, FSMBulkItem, FSMRecord
 from fsm_storage.patches import KEEP
 from fsm_storage.rights import mask_for, rights_of
@@ -216,6 +217,7 @@ class ActionsMixin(Base):
             if bulk.action == UNDO
             else action.title,
             "bulk": bulk,
+            "at": ago(bulk.created_at, timezone.now()),
             "total": sum(counts.values()),
             "waiting": counts.get(FSMBulkItem.Outcome.WAITING, 0),
             "done": sum(counts.values()) - counts.get(FSMBulkItem.Outcome.WAITING, 0),

@@ -201,12 +201,21 @@ class RecordForm(forms.Form):
         try:
             patch = read_object(text)
         except JSONTextError as error:
-            raise ValidationError(str(error)) from error
+            self.add_error("data_json", self._flaw_in_text(error))
+            return KEEP
         set_, unset = patch.get("set"), patch.get("unset")
         if not (isinstance(set_, dict) and isinstance(unset, list) and isinstance(opened, dict)):
             raise ValidationError(_("This page is incomplete. Open the conversation again."))
         data = {key: value for key, value in opened.items() if key not in unset} | set_
         return KEEP if compact(data) == compact(opened) else data
+
+    def _flaw_in_text(self, error: JSONTextError) -> str:
+        """Return what is wrong with the data as a whole: places in a patch mean nothing to people."""
+        try:
+            read_object(self.data.get("data_json", ""))
+        except JSONTextError as in_text:
+            return error_html(in_text)
+        return str(error)
 
     def clean(self) -> dict[str, Any]:
         cleaned = cast("dict[str, Any]", super().clean())

@@ -156,6 +156,10 @@ def test_no_page_is_wider_than_the_screen(open_page, make_record, options):
     page.click("button[name=index]")
     page.wait_for_selector("#id_duration")
     assert overflow(page) == 0
+    page.click("button[name=ask]")
+    page.click("button[name=run]")
+    page.wait_for_selector(".fsm-outcomes")
+    assert overflow(page) == 0
 
 
 def test_dark_mode_follows_the_system_and_the_switch(open_page, make_record):

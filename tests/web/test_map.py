@@ -236,7 +236,7 @@ VENDOR = Path(finders.find("fsm_storage/vendor/README.md")).parent
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in VENDOR.iterdir() if path.suffix == ".js"], ids=lambda path: path.name
+    "path", [path for path in VENDOR.iterdir() if path.suffix in (".js", ".css")], ids=lambda path: path.name
 )
 def test_a_file_from_others_is_the_one_that_was_taken(path):
     row = next(line for line in (VENDOR / "README.md").read_text().splitlines() if f"| {path.name} |" in line)

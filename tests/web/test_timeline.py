@@ -311,12 +311,21 @@ def test_a_patch_changes_the_keys_that_it_names_and_no_others(agent, make_record
 
 
 @pytest.mark.parametrize(
-    "patch", ["{", "[]", '{"set": 1, "unset": []}', '{"set": {}}', '{"set": {"a": NaN}, "unset": []}']
+    ("patch", "words"),
+    [
+        ("{", "A key in double quotes is missing"),
+        ("[]", "Data must be an object"),
+        ('{"set": 1, "unset": []}', "This page is incomplete"),
+        ('{"set": {}}', "This page is incomplete"),
+        ('{"set": {"a": NaN}, "unset": []}', "Line 2, column 6: NaN is not JSON."),
+    ],
 )
-def test_a_wrong_patch_saves_nothing(agent, make_record, patch):
+def test_a_wrong_patch_saves_nothing(agent, make_record, patch, words):
     record = make_record(data={"a": 1})
-    response = save(agent, record, data_patch=patch, data_json='{"a": 2}')
-    assert "This page is incomplete" in html_of(response)
+    response = save(
+        agent, record, data_patch=patch, data_json='{"b": 1,\n"a": NaN}' if "NaN" in patch else '{"a": 2}'
+    )
+    assert words in html_of(response)
     assert fresh(record).version == record.version
 
 
