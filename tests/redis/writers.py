@@ -1,0 +1,94 @@
+"""What the processes do that tests start. Each notes an acknowledged write in a file, which outlives it.
+
+python -m tests.redis.writers NAME URL FILE [ARGUMENT ...]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sys
+import time
+import warnings
+
+from aiogram.fsm.storage.base import BaseStorage, StorageKey
+from aiogram.fsm.storage.redis import RedisStorage as AiogramStorage
+
+from fsm_storage import RedisStorage
+from tests.notes import notes
+
+
+def key_of(chat: int) -> StorageKey:
+    return StorageKey(bot_id=1, chat_id=chat, user_id=chat)
+
+
+def add_fields(url: str, path: str, who: str, kind: str, start_at: str) -> None:
+    """At the same time as another process, add fields to the data of three chats, from eight tasks."""
+    note = notes(path)
+
+    async def add(storage: BaseStorage, task: int) -> None:
+        for n in range(40):
+            chat, name = (task + n) % 3, f"{who}-{task}-{n}"
+            merged = await storage.update_data(key_of(chat), {name: n})
+            assert merged[name] == n
+            note(f"{chat} {name} {n}")
+
+    async def main() -> None:
+        storage: BaseStorage = (
+            RedisStorage.from_url(url, timeout=30) if kind == "ours" else AiogramStorage.from_url(url)
+        )
+        await storage.get_state(key_of(0))
+        await asyncio.sleep(max(0.0, float(start_at) - time.time()))
+        await asyncio.gather(*(add(storage, task) for task in range(8)))
+        await storage.close()
+
+    asyncio.run(main())
+
+
+def write_and_be_killed(url: str, path: str, rounds: str) -> None:
+    """Fork a writer and kill it at any moment, again and again."""
+    for number in range(int(rounds)):
+        pid = os.fork()
+        if not pid:
+            asyncio.run(_write_for_ever(url, path, number * 100))
+        time.sleep(random.uniform(0.05, 0.25))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+async def _write_for_ever(url: str, path: str, first_chat: int) -> None:
+    note, storage = notes(path), RedisStorage.from_url(url)
+
+    async def talk(chat: int) -> None:
+        n = 0
+        while True:
+            n += 1
+            await storage.set_state(key_of(chat), f"s{n}")
+            note(f"state {chat} {n}")
+            await storage.set_data(key_of(chat), {"a": n, "text": "x" * 2000, "b": n})
+            note(f"data {chat} {n}")
+            await storage.update_data(key_of(chat + 1_000_000), {f"f{n}": n})
+            note(f"field {chat + 1_000_000} {n}")
+
+    await asyncio.gather(*(talk(first_chat + chat) for chat in range(8)))
+
+
+def fork_after_use(url: str, path: str) -> None:
+    """Use a storage, fork, and use it on both sides: first in the child, then in the parent."""
+    note, storage = notes(path), RedisStorage.from_url(url)
+
+    async def add(name: str) -> None:
+        merged = await asyncio.wait_for(storage.update_data(key_of(1), {name: 1}), 10)
+        note(" ".join(sorted(merged)))
+
+    asyncio.run(add("before"))
+    if pid := os.fork():
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    asyncio.run(add("parent" if pid else "child"))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", DeprecationWarning)  # of os.fork()
+    globals()[sys.argv[1]](*sys.argv[2:])
