@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any, TypeVar
 
 from fsm_storage.dialects import (
     NOTHING_SPARED,
@@ -11,6 +13,7 @@ from fsm_storage.dialects import (
     Plan,
     Read,
     ReadReply,
+    Rows,
     Scope,
     Spared,
     Statement,
@@ -23,35 +26,38 @@ from fsm_storage.dialects import sqlite_peers as peers
 from fsm_storage.dialects.rows import Expired, Row, Work, lapsed_of
 from fsm_storage.patches import EMPTY
 
+T = TypeVar("T")
+
 # Django keeps an instant as text in UTC; two such texts compare as the instants do.
 _NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
 
-# The keys or rows of a batch are one JSON parameter, not executemany(): sqlite3 gives the interpreter
+# The keys or rows of a batch go into one statement, not to executemany(): sqlite3 gives the interpreter
 # away at each execution, and with a busy event loop beside it may wait 5 ms to get it back, row by row.
-# A lone one is bound as it is, which is twice as fast for one.
-_KEYS = "json_each(?)"
-_LONE_KEY = "(SELECT 0 AS key, ? AS value)"
+# A statement has room for 1, 2, 4, 8 … rows, so that sqlite3 remembers all sizes; what is left over is NULL.
+# (Rows as one JSON parameter take a third longer, because json_extract() parses a row for each column.)
+MAX_ROWS = 256
 
 
-def _values(columns: int, *, lone: bool) -> str:
-    """Return a SELECT of so many columns for each row of a parameter."""
-    if lone:
-        return "SELECT " + ", ".join("?" * columns)
-    return f"SELECT {', '.join(map(_column, range(columns)))} FROM json_each(?) j"
+def _places(columns: int, rows: int) -> str:
+    return ", ".join([f"({', '.join('?' * columns)})"] * rows)
 
 
-def _column(index: int) -> str:
-    return f"json_extract(j.value, '$[{index}]')"
+def _insert(table_and_columns: str, rows: int) -> str:
+    columns = table_and_columns.count(",") + 1
+    if rows == 1:
+        return f"INSERT INTO {table_and_columns} VALUES {_places(columns, 1)}"
+    values = _places(columns, rows)
+    return f"INSERT INTO {table_and_columns} SELECT * FROM (VALUES {values}) WHERE column1 IS NOT NULL"
 
 
-def _update(columns: tuple[str, ...], *, lone: bool) -> str:
+def _update(columns: tuple[str, ...], rows: int) -> str:
     """Return an UPDATE of these columns; the row's id comes last."""
-    if lone:
+    if rows == 1:
         return f"UPDATE fsm_storage_record SET {', '.join(f'{name} = ?' for name in columns)} WHERE id = ?"
-    assignments = ", ".join(f"{name} = {_column(index)}" for index, name in enumerate(columns))
+    assignments = ", ".join(f"{name} = v.column{index}" for index, name in enumerate(columns, 1))
     return f"""
-        UPDATE fsm_storage_record SET {assignments} FROM json_each(?) j
-        WHERE fsm_storage_record.id = {_column(len(columns))}
+        UPDATE fsm_storage_record SET {assignments} FROM (VALUES {_places(len(columns) + 1, rows)}) v
+        WHERE fsm_storage_record.id = v.column{len(columns) + 1}
     """
 
 
@@ -59,41 +65,44 @@ def _update(columns: tuple[str, ...], *, lone: bool) -> str:
 # each key. `|| ''` hides a column's declared type from Django's converters, which would parse it.
 _SELECT = f"""
 SELECT {_NOW}, r.id, r.version, r.state, r.data, r.state_expires_at || '', r.data_expires_at || ''
-FROM {{keys}} k LEFT JOIN fsm_storage_record r ON r.alias = ? AND r.key = k.value
+FROM (VALUES {{keys}}) k LEFT JOIN fsm_storage_record r ON r.alias = ? AND r.key = k.column2
 """
 _READ_STATES = f"""
-SELECT k.key, CASE WHEN r.state_expires_at <= {_NOW} THEN NULL ELSE r.state END
-FROM {{keys}} k CROSS JOIN fsm_storage_record r ON r.alias = ? AND r.key = k.value
+SELECT k.column1, CASE WHEN r.state_expires_at <= {_NOW} THEN NULL ELSE r.state END
+FROM (VALUES {{keys}}) k CROSS JOIN fsm_storage_record r ON r.alias = ? AND r.key = k.column2
 """
 _READ_DATA = f"""
-SELECT k.key, CASE WHEN r.data_expires_at <= {_NOW} THEN '{{{{}}}}' ELSE r.data END
-FROM {{keys}} k CROSS JOIN fsm_storage_record r ON r.alias = ? AND r.key = k.value
+SELECT k.column1, CASE WHEN r.data_expires_at <= {_NOW} THEN '{{{{}}}}' ELSE r.data END
+FROM (VALUES {{keys}}) k CROSS JOIN fsm_storage_record r ON r.alias = ? AND r.key = k.column2
 """
-_INSERT = """
-INSERT INTO fsm_storage_record (alias, key, bot_id, chat_id, user_id, thread_id, business_connection_id,
+_RECORD = """fsm_storage_record (alias, key, bot_id, chat_id, user_id, thread_id, business_connection_id,
     destiny, state, data, state_expires_at, data_expires_at, version, created_at, updated_at)
 """
-_TRANSITION = """
-INSERT INTO fsm_storage_transition (alias, key, bot_id, chat_id, user_id, from_state, to_state, at,
+_TRANSITION = """fsm_storage_transition (alias, key, bot_id, chat_id, user_id, from_state, to_state, at,
     source, actor, data_before, data_after)
 """
 _CHANGING = ("state", "state_expires_at", "data_expires_at", "version", "updated_at")
 
 
 class _Sql:
-    """The statements in one of their two spellings."""
+    """The statements with room for so many keys or rows."""
 
-    def __init__(self, *, lone: bool) -> None:
-        keys = _LONE_KEY if lone else _KEYS
+    def __init__(self, size: int) -> None:
+        keys = ", ".join(f"({place}, ?)" for place in range(size))
         self.select = _SELECT.format(keys=keys)
         self.read_states, self.read_data = _READ_STATES.format(keys=keys), _READ_DATA.format(keys=keys)
-        self.insert = _INSERT + _values(15, lone=lone)
-        self.update_state = _update(_CHANGING, lone=lone)
-        self.update_all = _update((*_CHANGING, "data"), lone=lone)
-        self.transition = _TRANSITION + _values(12, lone=lone)
+        self.insert, self.transition = _insert(_RECORD, size), _insert(_TRANSITION, size)
+        self.update_state = _update(_CHANGING, size)
+        self.update_all = _update((*_CHANGING, "data"), size)
 
 
-_BATCH, _LONE = _Sql(lone=False), _Sql(lone=True)
+_SQL = {1 << power: _Sql(1 << power) for power in range(MAX_ROWS.bit_length())}
+
+
+def _room_for(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
 _EXPIRED = """
 SELECT id, key, bot_id, chat_id, user_id, thread_id, business_connection_id, destiny, version, state, data,
     {part}_expires_at || '' FROM fsm_storage_record
@@ -139,20 +148,24 @@ class SQLite:
         replies: list[ReadReply] = [EMPTY if read.data else None for read in reads]
         for data in (False, True):
             places = [place for place, read in enumerate(reads) if read.data is data]
-            if places:
-                sql, keys = _for_keys([reads[place].key for place in places])
-                rows = yield Statement(sql.read_data if data else sql.read_states, (keys, scope.alias))
+            for some in _chunks(places):
+                sql = _SQL[_room_for(len(some))]
+                keys = _filled([reads[place].key for place in some])
+                rows = yield Statement(sql.read_data if data else sql.read_states, (*keys, scope.alias))
                 for index, value in rows:
-                    replies[places[index]] = value
+                    replies[some[index]] = value
         return replies
 
     def write(
         self, writes: Sequence[Write], scope: Scope, *, wait: bool = False, lone: bool = False
     ) -> Plan[list[WriteReply]]:
-        sql, keys = _for_keys([write.key for write in writes])
-        rows = yield Statement(sql.select, (keys, scope.alias))
-        work = Work(scope, rows[0][0])
-        replies = [work.add(write, Row(*row)) for write, row in zip(writes, rows, strict=True)]
+        found: Rows = []
+        for some in _chunks(writes):
+            keys = _filled([write.key for write in some])
+            rows = yield Statement(_SQL[len(keys)].select, (*keys, scope.alias))
+            found += rows[: len(some)]
+        work = Work(scope, found[0][0])
+        replies = [work.add(write, Row(*row)) for write, row in zip(writes, found, strict=True)]
         yield from _statements(work)
         return replies
 
@@ -162,15 +175,13 @@ class SQLite:
         states = [Expired(*row) for row in rows]
         if states:
             if scope.history != "off":
-                noted = [row.transition("state", scope) for row in states]
-                yield Statement(_BATCH.transition, (_json(noted),))
+                yield from _rows("transition", [row.transition("state", scope) for row in states])
             yield Statement(_CLEAR_STATES, (_ids(states),))
         rows = yield Statement(_EXPIRED_DATA, (scope.alias, spared.data, *is_spared, limit))
         data = [Expired(*row) for row in rows]
         lost = [row for row in data if row.data != EMPTY]
         if scope.history == "full" and lost:
-            noted = [row.transition("data", scope) for row in lost]
-            yield Statement(_BATCH.transition, (_json(noted),))
+            yield from _rows("transition", [row.transition("data", scope) for row in lost])
         deleted = (yield Statement(_DELETE_IDLE, (_ids(data),))) if data else []
         if data:
             yield Statement(_CLEAR_DATA, (_ids(data),))
@@ -207,20 +218,28 @@ class SQLite:
 
 
 def _statements(work: Work) -> Plan[None]:
-    for name, rows in (
-        ("insert", work.inserts),
-        ("update_state", work.state_updates),
-        ("update_all", work.updates),
-        ("transition", work.transitions),
-    ):
-        if len(rows) == 1:
-            yield Statement(getattr(_LONE, name), rows[0])
-        elif rows:
-            yield Statement(getattr(_BATCH, name), (_json(rows),))
+    yield from _rows("insert", work.inserts)
+    yield from _rows("update_state", work.state_updates)
+    yield from _rows("update_all", work.updates)
+    yield from _rows("transition", work.transitions)
 
 
-def _for_keys(keys: list[str]) -> tuple[_Sql, str]:
-    return (_LONE, keys[0]) if len(keys) == 1 else (_BATCH, _json(keys))
+def _rows(statement: str, rows: Sequence[tuple[Any, ...]]) -> Plan[None]:
+    """Write the rows by one of the statements of `_Sql`."""
+    for some in _chunks(rows):
+        size = _room_for(len(some))
+        params = list(chain.from_iterable(some))
+        params += [None] * ((size - len(some)) * len(some[0]))
+        yield Statement(getattr(_SQL[size], statement), params)
+
+
+def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (values[start : start + MAX_ROWS] for start in range(0, len(values), MAX_ROWS))
+
+
+def _filled(keys: list[str]) -> list[str | None]:
+    """Return the keys, and as many NULLs as the statement has room for beyond them."""
+    return [*keys, *[None] * (_room_for(len(keys)) - len(keys))]
 
 
 def _ids(rows: Sequence[Expired]) -> str:
