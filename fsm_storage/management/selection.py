@@ -99,7 +99,14 @@ def using(options: dict[str, Any]) -> str:
 def records(options: dict[str, Any]) -> FSMRecordQuerySet:
     """Return the records in the place that is asked for."""
     found: FSMRecordQuerySet = FSMRecord.objects.using(using(options))
-    return found if options["alias"] is None else found.filter(alias=options["alias"])
+    alias = options["alias"]
+    if alias is None:
+        return found
+    found = found.filter(alias=alias)
+    if alias not in storages.settings and not found.exists():
+        known = ", ".join(map(repr, storages.settings))
+        raise CommandError(f"FSM_STORAGES has no {alias!r}, and no record either; it has {known}")
+    return found
 
 
 def parts(options: dict[str, Any]) -> dict[str, Any]:

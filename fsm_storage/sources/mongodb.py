@@ -15,12 +15,13 @@ from fsm_storage.sources.layout import KeyLayout
 from fsm_storage.transfer import Conversation, Found, Refused
 
 DATABASE, COLLECTION = "aiogram_fsm", "states_and_data"
+PATIENCE_MS = 10_000
 
 
 def read(url: str, layout: KeyLayout, clock: Callable[[], datetime]) -> Iterator[Found]:
     """Yield the conversations of the database that the URL names, or of aiogram's own. None of them expires."""
     try:
-        with MongoClient[dict[str, Any]](url, serverSelectionTimeoutMS=10_000) as client:
+        with MongoClient[dict[str, Any]](url, serverSelectionTimeoutMS=PATIENCE_MS) as client:
             collection = client.get_default_database(DATABASE)[COLLECTION]
             beginning = {"$regex": f"^{re.escape(layout.beginning)}"}
             for document in collection.find({"_id": beginning}).sort("_id"):
