@@ -178,8 +178,8 @@ def storage_of(alias: str) -> DjangoStorage:
         storage = storages[alias]
     if not isinstance(storage, DjangoStorage):
         raise CommandError(
-            f"storage {alias!r} is a {type(storage).__name__}, whose conversations are elsewhere; "
-            "only a DjangoStorage can be imported into"
+            f"storage {alias!r} is a {type(storage).__name__}, which keeps its conversations elsewhere: "
+            "this takes a DjangoStorage"
         )
     return storage
 

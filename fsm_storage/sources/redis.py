@@ -14,7 +14,8 @@ from fsm_storage.sources.layout import KeyLayout, Part
 from fsm_storage.sources.values import data_of
 from fsm_storage.transfer import Conversation, Found, Refused
 
-BATCH = 500
+BATCH = 200
+"""Keys in one answer. Each may hold megabytes."""
 SOON_MS = 600_000
 """A part that expires within this may be gone when the scan comes to its key."""
 

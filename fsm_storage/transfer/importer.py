@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 from django.conf import settings
-from django.db import OperationalError, connections, transaction
+from django.db import InterfaceError, OperationalError, connections, transaction
 from django.utils import timezone
 
 from fsm_storage.backends.django import DjangoStorage
@@ -148,7 +148,7 @@ class Importer:
                     return sum((self._settle(storage, [entry]) for entry in entries), counts)
                 self._refuse(entries[0].place, str(error))
                 return counts + Counts(refused=1)
-            except (StorageUnavailable, OperationalError):
+            except (StorageUnavailable, OperationalError, InterfaceError):
                 if attempt == TRIES - 1:
                     raise
                 connections[storage.database].close_if_unusable_or_obsolete()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from aiogram.fsm.storage.base import StorageKey
+from django.db import Error
 from django.db.models import F
 from django.db.models.functions import Now
 
@@ -337,6 +339,32 @@ def test_the_bot_that_is_faster_is_not_overwritten(
         *_, (_, counts) = importer.run(read_lines(source))
     assert (counts.written, counts.skipped, counts.refused) == (1, 2, 0)
     assert {row.chat_id: row.state for row in records(database)} == {7: "newest", -100: "newest", 3: "theirs"}
+
+
+@pytest.mark.django_db(transaction=True, databases=["postgres"], available_apps=["fsm_storage"])
+def test_a_connection_that_is_cut_in_mid_batch_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = DjangoStorage(alias="postgres", database="postgres")
+    put, cut = storage.put, 0
+
+    def cutting(*arguments: Any, **options: Any) -> Any:
+        nonlocal cut
+        replies = put(*arguments, **options)
+        cut += 1
+        if cut == 1:  # written, and not committed
+            with contextlib.suppress(Error):
+                execute("postgres", "SELECT pg_terminate_backend(pg_backend_pid())")
+        return replies
+
+    monkeypatch.setattr(storage, "put", cutting)
+    file = tmp_path / "all.jsonl"
+    at = "2026-01-01T00:00:00+00:00"
+    file.write_text("".join(line(chat_id=number, updated_at=at) for number in range(1, 4)))
+    with file.open("rb") as source:
+        *_, (_, counts) = Importer(lambda alias: storage, lambda *_: None).run(read_lines(source))
+    assert (counts.written, counts.same, counts.refused, cut) == (3, 0, 0, 2)
+    assert len(records("postgres")) == 3
 
 
 def test_an_import_that_is_killed_goes_on(

@@ -9,6 +9,8 @@ from fsm_storage.management.output import as_json, errors, table, when
 from fsm_storage.models import FSMRecord
 from fsm_storage.transfer.lines import conversation_line
 
+MOST_SHOWN = 100
+"""Characters of data that are kept of each row, until the table is printed."""
 HEADER = ("KEY", "STATE", "CHAT", "USER", "CHANGED", "EXPIRES", "DATA")
 
 
@@ -50,5 +52,5 @@ def _row(record: FSMRecord) -> tuple[str, ...]:
         str(record.user_id),
         when(record.updated_at, now),
         when(min(ends, default=None), now),
-        as_json(record.current_data) if record.current_data else "-",
+        as_json(record.current_data)[:MOST_SHOWN] if record.current_data else "-",
     )
