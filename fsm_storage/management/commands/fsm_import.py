@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
-from django.db import Error
+from django.db import Error, reset_queries
 
 from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.exceptions import FSMStorageError
@@ -98,6 +98,7 @@ class Command(BaseCommand):
         try:
             for place, counts in importer.run(source):  # noqa: B007 - told if it stops here
                 progress.show(_told(counts))
+                reset_queries()  # with DEBUG, Django keeps the text of each, rows and all
         except (FSMStorageError, Error, OSError) as error:
             behind = f"behind {place}" if place else "at the beginning"
             raise CommandError(f"stopped {behind}: {error}. Run it again, and it goes on") from error
