@@ -24,6 +24,7 @@ from aiogram.utils.token import TokenValidationError
 
 from fsm_storage.chats import KeepNames, MoveChats
 from project.handlers import build_router
+from project.handlers.reminders import expiry
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ async def run(token: str, api_url: str | None = None) -> None:
 
     async with build_bot(token, api_url) as bot:
         dispatcher = build_dispatcher(storages["default"])
+        expiry.setup(dispatcher)
         # What aiogram and Django have loaded stays for good. Without this, each full collection
         # walks through all of it and stops the loop for 0.1 s and more.
         gc.collect()

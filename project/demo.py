@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent.parent
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 10.0
 STATUS_EVERY = 5.0
+PAYMENT_PATIENCE = 60.0
 
 
 class StartError(Exception):
@@ -136,7 +137,7 @@ async def run(options: argparse.Namespace, password: str) -> None:
     with options.log.open("wb") as log:
         async with (
             BotAPI(token=f"42:{secrets.token_hex(16)}") as api,
-            Child("bot", "project.bot", log=log, BOT_TOKEN=api.token, BOT_API_URL=api.url) as bot,
+            Child("bot", "project.bot", log=log, **bot_environment(api)) as bot,
             Child("admin", "uvicorn", *uvicorn_arguments(port), log=log, DEBUG="1") as web,
         ):
             people = People(api, options.people, pace=options.pace)
@@ -148,6 +149,12 @@ async def run(options: argparse.Namespace, password: str) -> None:
             ]
             await first_of(parts)
             print("Stopping…")
+
+
+def bot_environment(api: BotAPI) -> dict[str, str]:
+    """People who leave an order at the payment are reminded so soon that it can be watched."""
+    patience = os.environ.get("PAYMENT_PATIENCE", str(PAYMENT_PATIENCE))
+    return {"BOT_TOKEN": api.token, "BOT_API_URL": api.url, "PAYMENT_PATIENCE": patience}
 
 
 async def hold(

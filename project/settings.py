@@ -67,7 +67,11 @@ DATABASES = {
 FSM_STORAGES = {
     "default": {
         "BACKEND": "fsm_storage.DjangoStorage",
-        "OPTIONS": {"state_ttl": timedelta(days=2), "data_ttl": timedelta(days=2)},
+        "OPTIONS": {
+            "state_ttl": timedelta(days=2),
+            "data_ttl": timedelta(days=2),
+            "expiry": "project.handlers.reminders.expiry",
+        },
     },
 }
 

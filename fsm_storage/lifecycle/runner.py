@@ -48,6 +48,8 @@ MAX_BACK_OFF = 60.0
 MAX_SETBACKS = 1000
 """So many that failed may wait for their next attempt; past them, nothing new is begun."""
 CONTENDED_PAUSE = 0.2
+GATHER = 0.05
+"""Seconds in which more handlers may finish, before the next are looked for."""
 
 
 class Case(NamedTuple):
@@ -101,6 +103,8 @@ class Runner:
                     await asyncio.wait(
                         self._tasks.values(), timeout=pause, return_when=asyncio.FIRST_COMPLETED
                     )
+                    if self._tasks:  # a look for several is as cheap as for one
+                        await asyncio.wait(self._tasks.values(), timeout=GATHER)
                 else:
                     await asyncio.sleep(pause)
         finally:

@@ -7,7 +7,9 @@ from aiogram import F, Router
 from aiogram.fsm.context import FSMContext
 from aiogram.types import CallbackQuery, Message
 
+from fsm_storage import with_ttl
 from project.handlers.general import show
+from project.handlers.reminders import PAYMENT_PATIENCE
 from project.menu import CONFIRMATION, ITEMS, PAYMENTS, SIZES, Choice, choices, summary
 from project.states import Order
 
@@ -63,7 +65,7 @@ async def take_phone(message: Message, state: FSMContext) -> None:
         await message.answer("That is not a phone number. Please send it like +49 30 1234567.")
         return
     await state.update_data(phone=phone)
-    await state.set_state(Order.payment)
+    await with_ttl(state, PAYMENT_PATIENCE).set_state(Order.payment)  # then, see `reminders`
     await message.answer("How will you pay?", reply_markup=choices("payment", PAYMENTS))
 
 

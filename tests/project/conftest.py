@@ -15,6 +15,7 @@ from aiogram.client.session.aiohttp import AiohttpSession
 from aiogram.fsm.storage.base import BaseStorage, StorageKey
 from aiogram.types import CallbackQuery, Chat, Message, Update, User
 
+from fsm_storage import Expiry
 from project.bot import GracefulDispatcher, build_bot, build_dispatcher
 from project.bot_api import BotAPI
 from project.bot_api.server import ANSWERS
@@ -79,9 +80,13 @@ def make_person(api: BotAPI) -> Iterator[MakePerson]:
 
 
 @asynccontextmanager
-async def running_bot(api: BotAPI, storage: BaseStorage) -> AsyncIterator[GracefulDispatcher]:
+async def running_bot(
+    api: BotAPI, storage: BaseStorage, expiry: Expiry | None = None
+) -> AsyncIterator[GracefulDispatcher]:
     """Let a bot poll in this process; at the end it shuts down as on SIGTERM."""
     dispatcher = build_dispatcher(storage)
+    if expiry is not None:
+        expiry.setup(dispatcher)
     bot = build_bot(api.token, api.url)
     assert isinstance(bot.session, AiohttpSession)
     polling = asyncio.create_task(

@@ -5,24 +5,27 @@ from __future__ import annotations
 import asyncio
 import random
 
-from aiogram.fsm.storage.memory import MemoryStorage
+import pytest
 
+from fsm_storage import DjangoStorage
 from project.bot_api import BotAPI
 from project.people import FIRST_USER_ID, People, make_user
 from project.person import Pace
+from tests.conftest import SQLITE
 from tests.project.conftest import running_bot
+from tests.rows import in_thread, records
 
 
-async def test_people_and_bot_understand_each_other(api: BotAPI) -> None:
+@pytest.mark.parametrize("database", [SQLITE], indirect=True)
+async def test_people_and_bot_understand_each_other(api: BotAPI, storage: DjangoStorage) -> None:
     people = People(api, count=16, pace=200, seed=7)
-    storage = MemoryStorage()
     async with running_bot(api, storage):
         await people.run(seconds=1.5)
     assert people.endings["finished"] > 5
     assert set(people.endings) <= {"finished", "given up"}
-    states = {record.state for record in storage.storage.values()}
-    assert any(state and state.startswith("Order:") for state in states)
-    assert any(key.thread_id is not None and key.chat_id < -(10**12) for key in storage.storage)
+    rows = await in_thread(records, storage.database)
+    assert any(row.state and row.state.startswith("Order:") for row in rows)
+    assert any(row.thread_id is not None and row.chat_id < -(10**12) for row in rows)
 
 
 async def test_people_keep_to_their_pace(api: BotAPI) -> None:
