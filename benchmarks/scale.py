@@ -24,7 +24,8 @@ from benchmarks.servers import postgres_server
 BASE = 10_000
 RUNS = 7
 CHATS, SECONDS = 64, 5.0
-ROLL_BATCH = 20_000
+BY_HAND = 100_000
+"""Up to so many transitions are also rolled up as the sweep does, and the sums compared."""
 LIST = "/admin/fsm_storage/fsmrecord/"
 STEPS = "&".join(f"step=Order:{name}" for name in ("item", "size", "amount", "address", "phone", "payment"))
 
@@ -90,7 +91,7 @@ def _options() -> argparse.Namespace:
 def _measure(rows: int, *, gin: bool, again: bool) -> Measured:
     from django.db import connection
 
-    from benchmarks.filling import fill
+    from benchmarks import filling
     from fsm_storage.rollup import Roller
 
     tasks: dict[str, float] = {}
@@ -102,8 +103,14 @@ def _measure(rows: int, *, gin: bool, again: bool) -> Measured:
         tasks[name] = time.perf_counter() - began
 
     if not again:
-        timed("fill", lambda: fill(rows, rows))
-        timed("roll up", lambda: sum(Roller("default", ROLL_BATCH).roll()))
+        timed("fill the records", lambda: filling.fill_records(rows))
+        timed("fill the transitions", lambda: filling.fill_transitions(rows))
+        if rows <= BY_HAND:
+            filling.empty_rollups()
+            timed("roll up as the sweep does", lambda: sum(Roller("default").roll()))
+            kept = filling.rollups()
+        timed("roll up in the database", filling.fill_rollups)
+        assert rows > BY_HAND or filling.rollups() == kept, "the two ways to roll up differ"
     with connection.cursor() as cursor:
         cursor.execute("DROP INDEX IF EXISTS fsm_storage_record_data")
         if gin:

@@ -84,6 +84,11 @@ def take_all(page: Page, admin: str) -> None:
     page.click("#result_list tbody tr:first-child th a")
     take(page, "conversation", whole=True)
     take_conflict(page)
+    page.goto(f"{admin}fsm_storage/fsmrecord/map/?group=Order")
+    page.wait_for_selector(".fsm-map[data-layout]")
+    take(page, "map", whole=True)
+    page.goto(f"{admin}fsm_storage/fsmrecord/funnel/?group=Order")
+    take(page, "funnel", whole=True)
 
 
 def take_conflict(page: Page) -> None:

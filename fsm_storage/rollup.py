@@ -205,20 +205,22 @@ class Roller:
 
     def roll(self) -> Iterator[int]:
         """Count until nothing is left; yield how many transitions each batch had."""
-        FSMRollupMark.objects.using(self.using).get_or_create(pk=1)
         while True:
-            rows, is_all = self._batch()
+            rows, is_all = self._step()
             yield rows
             if is_all:
                 return
 
-    def _batch(self) -> tuple[int, bool]:
-        skips = connections[self.using].features.has_select_for_update_skip_locked
+    def _step(self) -> tuple[int, bool]:
+        """Count one batch; return how many transitions it had, and whether that was all."""
+        features = connections[self.using].features
         marks = FSMRollupMark.objects.using(self.using)
+        marks.get_or_create(pk=1)
         with transaction.atomic(self.using):
             # On a database that does not lock rows, this write takes the lock instead.
-            if not connections[self.using].features.has_select_for_update:
+            if not features.has_select_for_update:
                 marks.filter(pk=1).update(rolled_at=Now())
+            skips = features.has_select_for_update_skip_locked
             mark = marks.select_for_update(skip_locked=skips).filter(pk=1).first()
             if mark is None:
                 return 0, True

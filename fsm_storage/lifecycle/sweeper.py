@@ -71,8 +71,11 @@ class Sweeper:
             total += swept
             yield total
             _rest(began)
-        for _ in Roller(self.storage.database).roll():
+        began = time.monotonic()
+        for _ in Roller(self.storage.database, self.batch_size).roll():
             yield total
+            _rest(began)
+            began = time.monotonic()
 
     def prune(self, keep: timedelta) -> Iterator[Swept]:
         """Delete the storage's transitions that are older than `keep`; yield the count after each batch.

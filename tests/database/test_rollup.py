@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 from collections import Counter
@@ -16,10 +17,12 @@ import pytest
 from aiogram.fsm.storage.base import StorageKey
 from django.db import connections, transaction
 
+from fsm_storage import Expiry
 from fsm_storage.lifecycle.sweeper import Sweeper
 from fsm_storage.models import FSMHourlyMove, FSMHourlyPath, FSMRollupMark, FSMRun, FSMTransition
 from fsm_storage.rollup import Count, Roller, Row, hour_of, span_of
 from tests.conftest import POSTGRES
+from tests.database.test_expiry_handlers import running
 from tests.rows import in_thread
 
 START = datetime(2026, 3, 1, 10, 30, tzinfo=UTC)
@@ -309,6 +312,18 @@ async def test_the_sweep_counts_what_the_storage_wrote(
     await in_thread(lambda: list(Sweeper(storage).sweep()))
     counted = await in_thread(lambda: [(f, t) for _, _, _, f, t in moves(database, "move")])
     assert sorted(counted, key=str) == sorted([(None, "A"), ("A", "B"), ("B", None)], key=str)
+
+
+async def test_the_bot_counts_beside_its_handlers(make_storage: Callable[..., Any], database: str) -> None:
+    await in_thread(fill, database)
+    await in_thread(fill, database, 2)
+    expiry = Expiry(interval=0.05)
+    storage = make_storage(expiry=expiry)
+    async with running(expiry, storage), asyncio.timeout(60):
+        while await in_thread(lambda: moves(database, "move", "expiry")) != await in_thread(
+            moves_by_hand, database
+        ):
+            await asyncio.sleep(0.05)
 
 
 def test_the_path_of_a_run_has_an_end() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 from datetime import timedelta
+from io import StringIO
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from django.contrib.staticfiles import finders
+from django.core.management import call_command
 from django.utils import timezone
 
 from fsm_storage.models import FSMTransition
@@ -230,6 +233,20 @@ def test_when_too_much_waits_for_the_sweep_the_page_says_so(agent, walked, monke
     html = html_of(agent.get(MAP))
     assert "The sweep does it" not in html
     assert "entry → Order:item: 3" in ways(html)
+
+
+def test_the_map_as_a_file_of_its_own(walked, note):
+    note(9, None, XSS)
+    out = StringIO()
+    call_command("fsm_graph", format="svg", stdout=out)
+    root = ElementTree.fromstring(out.getvalue())
+    texts = [element.text for element in root.iter() if element.tag.endswith("title")]
+    assert "Order:size: 1 conversation now" in texts
+    assert "Order:size → expired: 1" in texts
+    assert f"{XSS}: 0 conversations now, undeclared" in texts
+    assert {element.tag.split("}")[1] for element in root.iter()} <= {
+        "svg", "style", "defs", "marker", "path", "g", "title", "rect", "text",
+    }  # fmt: skip
 
 
 VENDOR = Path(finders.find("fsm_storage/vendor/README.md")).parent

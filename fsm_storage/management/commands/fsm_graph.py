@@ -9,6 +9,8 @@ from django.core.management.base import BaseCommand, CommandParser
 from fsm_storage.graph import Edge, Graph, Node, read_graph
 from fsm_storage.management import selection
 from fsm_storage.management.output import as_json, errors
+from fsm_storage.picture import as_svg
+from fsm_storage.statemap import map_of
 
 
 def _since(text: str) -> timedelta | None:
@@ -94,10 +96,15 @@ def _as_json(graph: Graph) -> Iterator[str]:
     )
 
 
+def _as_svg(graph: Graph) -> Iterator[str]:
+    yield as_svg(map_of(graph))
+
+
 FORMATS: dict[str, Callable[[Graph], Iterator[str]]] = {
     "mermaid": as_mermaid,
     "dot": as_dot,
     "json": _as_json,
+    "svg": _as_svg,
 }
 
 
