@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fsm_storage.backends.django import DjangoStorage
     from fsm_storage.backends.redis import RedisStorage
     from fsm_storage.conf import storages
+    from fsm_storage.exceptions import LeaseLost, LeaseTimeout
+    from fsm_storage.isolation import DjangoEventIsolation
     from fsm_storage.keys import RecordKeyBuilder
     from fsm_storage.lifecycle.expiry import Expired, Expiry
     from fsm_storage.patches import KEEP
@@ -27,10 +29,13 @@ __all__ = [
     "KEEP",
     "BaseStorage",
     "DefaultKeyBuilder",
+    "DjangoEventIsolation",
     "DjangoStorage",
     "Expired",
     "Expiry",
     "KeyBuilder",
+    "LeaseLost",
+    "LeaseTimeout",
     "MemoryStorage",
     "RecordKeyBuilder",
     "RedisStorage",
@@ -43,10 +48,13 @@ _HOMES = {
     "KEEP": "fsm_storage.patches",
     "BaseStorage": "aiogram.fsm.storage.base",
     "DefaultKeyBuilder": "aiogram.fsm.storage.base",
+    "DjangoEventIsolation": "fsm_storage.isolation",
     "DjangoStorage": "fsm_storage.backends.django",
     "Expired": "fsm_storage.lifecycle.expiry",
     "Expiry": "fsm_storage.lifecycle.expiry",
     "KeyBuilder": "aiogram.fsm.storage.base",
+    "LeaseLost": "fsm_storage.exceptions",
+    "LeaseTimeout": "fsm_storage.exceptions",
     "MemoryStorage": "aiogram.fsm.storage.memory",
     "RecordKeyBuilder": "fsm_storage.keys",
     "RedisStorage": "fsm_storage.backends.redis",

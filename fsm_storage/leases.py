@@ -30,6 +30,8 @@ _MAY_BE_GRANTED = (asyncio.CancelledError, StorageTimeout, StorageUnavailable)
 class LeaseTable(Protocol):
     """Where leases are kept: a storage that carries out claims."""
 
+    closed: bool
+
     def submit(self, errand: Claim, /) -> Awaitable[Any]:
         """Carry out a claim in a batch with others; the result is the token, or None."""
 
@@ -53,6 +55,10 @@ class Lease:
     def is_over(self) -> bool:
         """Say whether another process may have it by now."""
         return self.is_lost or time.monotonic() >= self.deadline
+
+    def is_older_than(self, seconds: float) -> bool:
+        """Say whether it was taken so long ago."""
+        return time.monotonic() - self.since > seconds
 
 
 class LeaseKeeper:

@@ -91,12 +91,16 @@ def build_dispatcher(
     """Return a new dispatcher with all conversations.
 
     A person's state belongs to one topic of one chat, so the topics of a group don't disturb each
-    other. One update of a person is handled at a time; by default within this process.
+    other. One update of a person is handled at a time, over all processes of the bot if the storage
+    brings an isolation of its own, else within this one.
     """
+    if events_isolation is None:
+        create = getattr(storage, "create_isolation", SimpleEventIsolation)
+        events_isolation = create()
     dispatcher = GracefulDispatcher(
         storage=storage,
         fsm_strategy=FSMStrategy.USER_IN_TOPIC,
-        events_isolation=events_isolation or SimpleEventIsolation(),
+        events_isolation=events_isolation,
     )
     dispatcher.update.outer_middleware(MoveChats())
     dispatcher.update.outer_middleware(KeepNames())

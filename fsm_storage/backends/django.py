@@ -9,12 +9,13 @@ from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar, cast
 
-from aiogram.fsm.storage.base import BaseStorage, KeyBuilder, StateType, StorageKey
+from aiogram.fsm.storage.base import BaseEventIsolation, BaseStorage, KeyBuilder, StateType, StorageKey
 from asgiref.sync import sync_to_async
 from django.core.checks import CheckMessage
 
 from fsm_storage import signals
 from fsm_storage.backends.arguments import Handlers, Identified, TtlOption, actor_name, edit_ttl, own_ttl
+from fsm_storage.backends.fencing import HOLD
 from fsm_storage.backends.options import check_options, checked_options, loaded
 from fsm_storage.backends.session import Session
 from fsm_storage.batching import AGAIN, Batcher, Replies
@@ -102,7 +103,7 @@ class DjangoStorage(BaseStorage):
         self._state_ttl, self._data_ttl = Ttl(ttl_seconds(state_ttl)), Ttl(ttl_seconds(data_ttl))
         self._scope = Scope(alias, history, self.codec)
         self._telling = self._scope._replace(tells=True)
-        self._session = Session(database, timeout)
+        self._session, self.timeout = Session(database, timeout), timeout
         self._expiry = expiry
         self._limits = {"timeout": timeout, "max_pending": max_pending, "batch_size": batch_size}
         self._reads: Batcher[Operation, Any] | None = None
@@ -317,6 +318,14 @@ class DjangoStorage(BaseStorage):
             if not self.in_transaction:
                 self._session.release()
 
+    def create_isolation(self, **options: Any) -> BaseEventIsolation:
+        """Return a `DjangoEventIsolation` with its leases in this storage's database and under its alias.
+
+        `options`: `lease` and `timeout`, seconds or timedelta.
+        """
+        isolation: BaseEventIsolation = loaded("fsm_storage.DjangoEventIsolation")(storage=self, **options)
+        return isolation
+
     def key_text(self, key: StorageKey) -> str:
         """Return the text by which `key` is known in the database. Raises `InvalidKey`, `InvalidKeyType`."""
         return record_key(key, self._key_builder)
@@ -327,6 +336,9 @@ class DjangoStorage(BaseStorage):
         return (self._reads or self._start()[0]).submit(read)
 
     def _write(self, write: Write) -> Awaitable[Any]:
+        hold = HOLD.get()
+        if hold is not None and (fence := hold.fence(self.database, self.alias)):
+            write = write._replace(fence=fence)
         if signals.is_heard():
             # Shielded: a caller that is cancelled stops waiting, but what it wrote is told all the same.
             return asyncio.shield(self._write_and_tell(write))

@@ -39,8 +39,18 @@ class Read(NamedTuple):
     data: bool = False
 
 
+class Fence(NamedTuple):
+    """The lease under which a write is made. Once it is another's, the write is refused."""
+
+    key: str
+    token: int
+
+
 class Write(NamedTuple):
-    """Apply a patch to a key. With `if_version`, only to a record at that version; 0: if there is none."""
+    """Apply a patch to a key. With `if_version`, only to a record at that version; 0: if there is none.
+
+    With a `fence`, only while its lease is in the table; else the reply is `LeaseLost`.
+    """
 
     key: str
     parts: StorageKey
@@ -48,6 +58,7 @@ class Write(NamedTuple):
     state_ttl: Ttl = NEVER
     data_ttl: Ttl = NEVER
     if_version: int | None = None
+    fence: Fence | None = None
 
 
 class Lapse(NamedTuple):

@@ -15,6 +15,7 @@ from fsm_storage.dialects import (
     LOCKED,
     NOTHING_SPARED,
     Change,
+    Fence,
     Lapse,
     Lapsed,
     Plan,
@@ -32,7 +33,7 @@ from fsm_storage.dialects import (
 from fsm_storage.dialects import postgresql_leases as leases
 from fsm_storage.dialects import postgresql_peers as peers
 from fsm_storage.dialects import postgresql_sql as sql
-from fsm_storage.exceptions import CorruptData, VersionConflict
+from fsm_storage.exceptions import CorruptData, LeaseLost, VersionConflict
 from fsm_storage.patches import EMPTY, KEEP, Patch
 
 # 40001 serialization failure, 40P01 deadlock, 55P03 lock not available, 57P0x the server is going
@@ -78,6 +79,7 @@ class _Batched(NamedTuple):
     state_ttl: Any
     data_ttl: Any
     if_version: int | None
+    fence: Fence | None
     over: str | None
 
 
@@ -90,6 +92,10 @@ _VARYING: dict[str, Callable[[_Batched], Any]] = {
     "state": lambda w: None if w.patch.state is KEEP else w.patch.state,
     "base": lambda w: None if w.patch.data is KEEP else exact(w.patch.data),
     "over": lambda w: w.over,
+}
+_FENCE: dict[str, Callable[[_Batched], Any]] = {
+    "fence_key": lambda w: w.fence and w.fence.key,
+    "fence_token": lambda w: w.fence and w.fence.token,
 }
 
 
@@ -132,14 +138,16 @@ class PostgreSQL:
             if rows:  # else the row is not what the short way is for
                 return [Written(*rows[0])]
         batch = [_Batched(*write, _over(write.patch, scope)) for write in writes]
-        params: dict[str, Any] = {name: [get(write) for write in batch] for name, get in _VARYING.items()}
+        fenced = any(write.fence for write in writes)
+        varying = _VARYING | _FENCE if fenced else _VARYING
+        params: dict[str, Any] = {name: [get(write) for write in batch] for name, get in varying.items()}
         params.update(alias=scope.alias, source=scope.cause.source, actor=scope.cause.actor)
         common = [_common(write) for write in batch]
         alike = len(set(common)) == 1
         params.update(
             zip(sql.COMMON, common[0] if alike else map(list, zip(*common, strict=True)), strict=True)
         )
-        rows = yield Statement(sql.WRITES[scope.history, wait, scope.tells, alike], params)
+        rows = yield Statement(sql.WRITES[scope.history, wait, scope.tells, alike, fenced], params)
         by_key = {row[0]: row for row in rows}
         return [_reply(write, by_key[write.key]) for write in writes]
 
@@ -188,7 +196,7 @@ def _over(patch: Patch, scope: Scope) -> str | None:
 
 def _lone(write: Write, scope: Scope) -> Statement | None:
     """Return the one upsert that does `write`, if it is plain enough for one."""
-    key, parts, patch, state_ttl, data_ttl, if_version = write
+    key, parts, patch, state_ttl, data_ttl, if_version, fence = write
     if if_version is not None or state_ttl.renew or data_ttl.renew or state_ttl.keep or data_ttl.keep:
         return None
     ttl, data = (state_ttl if patch.state is not KEEP else data_ttl).seconds, None
@@ -208,13 +216,18 @@ def _lone(write: Write, scope: Scope) -> Statement | None:
     }  # fmt: skip
     if patch.state is KEEP:
         del params["state"]
+    if fence is not None:
+        text = sql.fenced(text)
+        params.update(fence_key=fence.key, fence_token=fence.token)
     return Statement(text, params)
 
 
 def _reply(write: Write, row: tuple[Any, ...]) -> WriteReply:
-    _, found, version, is_stale, is_corrupt, is_nothing, data, *told = row
+    _, found, version, is_lost, is_stale, is_corrupt, is_nothing, data, *told = row
     if version is not None:
         return Written(version, data, change=_change(*told) if told else None)
+    if is_lost and write.fence is not None:
+        return LeaseLost(write.fence.key)
     if is_stale:
         return VersionConflict(write.key, write.if_version or 0, found)
     if is_corrupt:

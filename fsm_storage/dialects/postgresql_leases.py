@@ -7,14 +7,18 @@ from typing import Any
 
 from fsm_storage.dialects import Claim, Plan, Scope, Statement
 
+# Nothing waits for the disk: a write under a lease is a later commit, and takes the lease to the disk
+# with it. What a server's crash loses is a lease under which nothing was written.
+_SETTINGS = "set_config('lock_timeout', '100', true) a, set_config('synchronous_commit', 'off', true) b"
+
 # The clock is read when the statement begins, so a lease never runs longer than its holder thinks,
 # however long the statement waits. Rows are locked in the order of their keys: no deadlock.
 # Nobody holds such a row for long; should one do it, the worker thread waits a tenth of a second.
-_TAKE = """taken AS (
+_TAKE = f"""taken AS (
     INSERT INTO fsm_storage_lease AS l (alias, key, owner, token, expires_at)
     SELECT %(alias)s, i.key, i.owner, (extract(epoch FROM statement_timestamp()) * 1000000)::bigint,
         statement_timestamp() + i.seconds * interval '1 second'
-    FROM set_config('lock_timeout', '100', true),
+    FROM {_SETTINGS},
         unnest(%(take_key)s::text[], %(take_owner)s::text[], %(take_seconds)s::float8[]) AS i(key, owner, seconds)
     ORDER BY i.key
     ON CONFLICT (alias, key) DO UPDATE SET
@@ -23,7 +27,7 @@ _TAKE = """taken AS (
     RETURNING key, token
 )"""
 _OWN = """{name}_own AS (
-    SELECT l.id, i.seconds FROM set_config('lock_timeout', '100', true), unnest(
+    SELECT l.id, i.seconds FROM {settings}, unnest(
         %({name}_key)s::text[], %({name}_owner)s::text[], %({name}_seconds)s::float8[], %({name}_token)s::bigint[]
     ) AS i(key, owner, seconds, token)
     JOIN fsm_storage_lease l ON l.alias = %(alias)s AND l.key = i.key
@@ -31,14 +35,14 @@ _OWN = """{name}_own AS (
     ORDER BY l.key FOR UPDATE OF l
 ), """
 _RENEW = (
-    _OWN.format(name="renew")
+    _OWN.format(name="renew", settings=_SETTINGS)
     + """renewed AS (
     UPDATE fsm_storage_lease l SET expires_at = statement_timestamp() + o.seconds * interval '1 second'
     FROM renew_own o WHERE l.id = o.id RETURNING l.key, l.token
 )"""
 )
 _RELEASE = (
-    _OWN.format(name="release")
+    _OWN.format(name="release", settings=_SETTINGS)
     + """released AS (
     DELETE FROM fsm_storage_lease l USING release_own o WHERE l.id = o.id RETURNING l.key, l.token
 )"""

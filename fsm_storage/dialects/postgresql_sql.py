@@ -65,7 +65,7 @@ WITH input AS (
         CASE WHEN data_expires_at <= statement_timestamp() THEN '{{}}' ELSE data END AS live_data
     FROM fsm_storage_record WHERE alias = %(alias)s AND key = ANY(%(key)s::text[])
     ORDER BY key FOR UPDATE {skip}
-), changed AS (
+){fence}, changed AS (
     SELECT i.*, o.id, o.version, o.live_state, o.live_data, o.state AS raw_state,
         o.state_expires_at, o.data_expires_at,
         i.sets_state OR i.renews_state AS touches_state,
@@ -79,7 +79,8 @@ WITH input AS (
             WHEN i.renews_data THEN coalesce(o.live_data, '{{}}')
             ELSE coalesce(o.data, '{{}}')
         END AS new_data,
-        coalesce(i.if_version <> coalesce(o.version, 0), false) AS is_stale
+        coalesce(i.if_version <> coalesce(o.version, 0), false) OR {is_lost} AS is_stale,
+        {is_lost} AS is_lost
     FROM input i LEFT JOIN old o ON o.key = i.key
 ), new AS (
     SELECT *,
@@ -118,7 +119,7 @@ WITH input AS (
 ), done AS (
     SELECT key, version FROM updated UNION ALL SELECT key, version FROM inserted
 ){history}
-SELECT n.key, n.version, d.version, n.is_stale, n.is_corrupt, n.is_nothing,
+SELECT n.key, n.version, d.version, n.is_lost, n.is_stale, n.is_corrupt, n.is_nothing,
     CASE WHEN n.over IS NOT NULL THEN n.new_data::text END{told}
 FROM new n LEFT JOIN done d ON d.key = n.key{old_too}
 """
@@ -149,13 +150,26 @@ _BEFORE = "coalesce(n.live_data, '{}')"
 _AFTER = f"CASE WHEN n.touches_data THEN n.new_data ELSE {_BEFORE} END"
 
 
+# Who takes a lease over waits for the lock, so it begins after all that was written under the lease.
+FENCE = {"fence_key": "text", "fence_token": "bigint"}
+_FENCE = """, fence AS (
+    SELECT key, token FROM fsm_storage_lease WHERE alias = %(alias)s AND key = ANY(%(fence_key)s::text[])
+    ORDER BY key FOR SHARE
+)"""
+_IS_LOST = """(i.fence_key IS NOT NULL
+            AND NOT EXISTS (SELECT FROM fence f WHERE f.key = i.fence_key AND f.token = i.fence_token))"""
+_LONE_FENCE = """, (
+    SELECT FROM fsm_storage_lease
+    WHERE alias = %(alias)s AND key = %(fence_key)s AND token = %(fence_token)s::bigint FOR SHARE
+) fence"""
+
 _LOCK_LIMIT = "set_config('lock_timeout', '100', true)"
 _NOT_SKIPPED = """
         AND NOT EXISTS (SELECT FROM fsm_storage_record e WHERE e.alias = %(alias)s AND e.key = new.key)"""
 
 
-def _write_sql(history: str, *, wait: bool, tells: bool, alike: bool) -> str:
-    columns = VARYING if alike else VARYING | COMMON
+def _write_sql(history: str, *, wait: bool, tells: bool, alike: bool, fenced: bool) -> str:
+    columns = (VARYING if alike else VARYING | COMMON) | (FENCE if fenced else {})
     names = ", ".join(columns)
     arrays = ", ".join(f"%({name})s::{type_}[]" for name, type_ in columns.items())
     singles = "".join(f", %({name})s::{type_} AS {name}" for name, type_ in COMMON.items()) if alike else ""
@@ -175,18 +189,29 @@ def _write_sql(history: str, *, wait: bool, tells: bool, alike: bool) -> str:
         limit="" if wait else f"{_LOCK_LIMIT}, ",
         not_skipped="" if wait else _NOT_SKIPPED,
         history=note,
+        fence=_FENCE if fenced else "",
+        is_lost=_IS_LOST if fenced else "false",
         told=_TOLD if tells else "",
         old_too=" LEFT JOIN old o ON o.key = n.key" if tells else "",
     )
 
 
 WRITES = {
-    (history, wait, tells, alike): _write_sql(history, wait=wait, tells=tells, alike=alike)
+    (history, wait, tells, alike, fenced): _write_sql(
+        history, wait=wait, tells=tells, alike=alike, fenced=fenced
+    )
     for history in ("off", "states", "full")
     for wait in (False, True)
     for tells in (False, True)
     for alike in (False, True)
+    for fenced in (False, True)
 }
+
+
+def fenced(lone: str) -> str:
+    """Return the text of a lone write that does nothing once the lease of its fence is another's."""
+    return lone.replace(_LOCK_LIMIT, _LOCK_LIMIT + _LONE_FENCE)
+
 
 # A lone write needs no lock before its upsert, which is half of the cost. It waits for a locked row
 # for a tenth of a second at most: the worker thread must stay free for everybody else.

@@ -24,6 +24,7 @@ from fsm_storage.dialects import (
 from fsm_storage.dialects import sqlite_leases as leases
 from fsm_storage.dialects import sqlite_peers as peers
 from fsm_storage.dialects.rows import Expired, Row, Work, lapsed_of
+from fsm_storage.exceptions import LeaseLost
 from fsm_storage.patches import EMPTY
 
 T = TypeVar("T")
@@ -164,8 +165,15 @@ class SQLite:
             keys = _filled([write.key for write in some])
             rows = yield Statement(_SQL[len(keys)].select, (*keys, scope.alias))
             found += rows[: len(some)]
+        fences = {write.fence for write in writes if write.fence is not None}
+        lost = (yield from leases.lost(fences, scope)) if fences else fences
         work = Work(scope, found[0][0])
-        replies = [work.add(write, Row(*row)) for write, row in zip(writes, found, strict=True)]
+        replies: list[WriteReply] = [
+            LeaseLost(write.fence.key)
+            if write.fence is not None and write.fence in lost
+            else work.add(write, Row(*row))
+            for write, row in zip(writes, found, strict=True)
+        ]
         yield from _statements(work)
         return replies
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from fsm_storage.dialects import Claim, Plan, Scope, Statement
+from fsm_storage.dialects import Claim, Fence, Plan, Scope, Statement
 
 _NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
 _MICROSECONDS = "CAST(round((julianday('now') - 2440587.5) * 86400000) AS INTEGER) * 1000"
@@ -35,6 +35,11 @@ FROM (SELECT l.id, {_EXPIRES_AT} AS expires_at {_OWN}) own WHERE fsm_storage_lea
 RETURNING key, token
 """
 _RELEASE = f"DELETE FROM fsm_storage_lease WHERE id IN (SELECT l.id {_OWN}) RETURNING key, token"
+_LOST = f"""
+SELECT {_KEY}, json_extract(c.value, '$[1]') FROM json_each(?) c
+LEFT JOIN fsm_storage_lease l ON l.alias = ? AND l.key = {_KEY} AND l.token = json_extract(c.value, '$[1]')
+WHERE l.id IS NULL
+"""
 _SWEEP = f"""
 DELETE FROM fsm_storage_lease WHERE id IN (
     SELECT id FROM fsm_storage_lease WHERE alias = ? AND expires_at <= {_NOW} LIMIT ?
@@ -60,6 +65,12 @@ def claim(claims: Sequence[Claim], scope: Scope) -> Plan[list[int | None]]:
 
 def _rows(claims: Sequence[Claim]) -> str:
     return _json([(one.key, one.owner, f"+{one.seconds:.3f} seconds", one.token) for one in claims])
+
+
+def lost(fences: Collection[Fence], scope: Scope) -> Plan[set[Fence]]:
+    """Return those of `fences` whose lease is another's by now."""
+    rows = yield Statement(_LOST, (_json(list(fences)), scope.alias))
+    return {Fence(*row) for row in rows}
 
 
 def sweep(scope: Scope, limit: int) -> Plan[int]:

@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "leases": {*PURE, "batching"},
     "transfer": {*CORE, "backends"},
     "sources": {"exceptions", "transfer"},
+    "isolation": {*CORE, "backends", "leases"},
     "lifecycle": {*CORE, "backends", "leases", "rollup"},
     "operations": CORE,
     "chats": {"dialects", "keys"},
@@ -72,6 +73,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "keys",
         "patches",
         "lifecycle",
+        "exceptions",
+        "isolation",
     },  # the package's own names, loaded lazily
 }
 
