@@ -7,7 +7,7 @@ the items and their records change in one transaction, if they are in one databa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -26,7 +26,6 @@ from fsm_storage.rights import Rights
 MOST = 10_000
 """Records that one change takes at most."""
 BATCH = 200
-TRIES = 3
 KEPT = timedelta(days=30)
 """How long results, and with them the way to undo, are kept. They hold data of conversations."""
 
@@ -45,8 +44,23 @@ class Task(NamedTuple):
     changes: Changes
 
 
+class Verdict(NamedTuple):
+    """Why nothing is done to a record."""
+
+    outcome: FSMBulkItem.Outcome
+    reason: str = ""
+
+
 class _Taken(Exception):
     """Another request is at work on the same items."""
+
+
+class _Settled(Exception):
+    """Nothing is to be done after all; what the transaction has claimed is to be undone."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict)
+        self.verdict = verdict
 
 
 def start(
@@ -102,6 +116,7 @@ class Worker:
     def __init__(self, bulk: FSMBulk, arguments: dict[str, Any], user: Any, rights: Rights) -> None:
         self.bulk, self.arguments, self.user, self.rights = bulk, arguments, user, rights
         self.action = action_of(bulk)
+        self.database = router.db_for_write(FSMBulkItem)
 
     def carry_out(self, items: Sequence[FSMBulkItem]) -> None:
         """Do one batch: the records that change alike in one transaction, which is much quicker than one each."""
@@ -111,41 +126,38 @@ class Worker:
         for group in groups.values():
             self._change(group)
 
-    def _decide(self, items: Sequence[FSMBulkItem]) -> list[Task]:
-        records = {
-            record.pk: record
-            for record in FSMRecord.objects.with_clock().filter(pk__in=[item.record_id for item in items])
-        }
-        tasks = []
+    def _decide(self, items: Sequence[FSMBulkItem]) -> Iterator[Task]:
+        """Yield what is to be done; what is not is noted at once."""
+        ids = [item.record_id for item in items]
+        records = {record.pk: record for record in FSMRecord.objects.with_clock().filter(pk__in=ids)}
         for item in items:
-            record = records.get(item.record_id)
-            if record is None:
-                _settle([item], Outcome.GONE)
-            elif self.bulk.action == UNDO and record.version != item.version:
-                _settle([item], Outcome.MOVED)
-            elif (changes := self._changes(item, record)) is not None:
-                tasks.append(Task(item, record, changes))
-        return tasks
+            verdict = self._judge(item, records.get(item.record_id))
+            if isinstance(verdict, Task):
+                yield verdict
+            else:
+                _settle(item, verdict)
 
-    def _changes(self, item: FSMBulkItem, record: FSMRecord) -> Changes | None:
-        """Return what shall be changed; None where there is nothing, which is noted."""
+    def _judge(self, item: FSMBulkItem, record: FSMRecord | None) -> Task | Verdict:
+        """Say what to do to a record, or why nothing."""
+        if record is None:
+            return Verdict(Outcome.GONE)
+        if self.bulk.action == UNDO and record.version != item.version:
+            return Verdict(Outcome.MOVED)
         try:
             if self.bulk.action == UNDO:
                 changes = undoing(record, item.before or {})
             else:
                 changes = self.action.choose(record, self.arguments, self.rights)
         except Impossible as error:
-            _settle([item], Outcome.FAILED, str(error))
-            return None
+            return Verdict(Outcome.FAILED, str(error))
         changes = effective(record, changes)
-        if not changes:
-            _settle([item], Outcome.UNCHANGED)
-            return None
-        return changes
+        return Task(item, record, changes) if changes else Verdict(Outcome.UNCHANGED)
 
-    def _change(self, tasks: list[Task], tries: int = TRIES) -> None:
+    def _change(self, tasks: list[Task]) -> None:
         try:
-            self._write(tasks)
+            with transaction.atomic(using=self.database):
+                self._claim([task.item for task in tasks])
+                self._write(tasks)
         except _Taken:
             return
         except (StorageTimeout, StorageUnavailable):
@@ -154,38 +166,60 @@ class Worker:
             if len(tasks) > 1:
                 for task in tasks:
                     self._change([task])
-            elif not isinstance(error, VersionConflict):
-                _settle([tasks[0].item], Outcome.FAILED, str(error))
-            elif tries and self.bulk.action != UNDO:
-                for task in self._decide([tasks[0].item]):  # upon what the bot has made of it meanwhile
-                    self._change([task], tries - 1)
+            elif isinstance(error, VersionConflict):
+                self._change_again(tasks[0].item)
             else:
-                _settle([tasks[0].item], Outcome.MOVED)
+                _settle(tasks[0].item, Verdict(Outcome.FAILED, str(error)))
+
+    def _change_again(self, item: FSMBulkItem) -> None:
+        """Do one that the bot was quicker with: read under its lock, so that it cannot move on once more.
+
+        Where the lock does not hold (a mirrored record, another database) the version still counts.
+        """
+        try:
+            with transaction.atomic(using=self.database):
+                self._claim([item])  # on SQLite, this locks the records too
+                records = FSMRecord.objects.with_clock().filter(pk=item.record_id)
+                if router.db_for_write(FSMRecord) == self.database:
+                    records = records.using(self.database).select_for_update()
+                verdict = self._judge(item, records.first())
+                if isinstance(verdict, Verdict):
+                    raise _Settled(verdict)
+                self._write([verdict])
+        except _Taken:
+            return
+        except _Settled as settled:
+            _settle(item, settled.verdict)
+        except VersionConflict:
+            _settle(item, Verdict(Outcome.MOVED))
+        except (StorageTimeout, StorageUnavailable):
+            raise
+        except FSMStorageError as error:
+            _settle(item, Verdict(Outcome.FAILED, str(error)))
+
+    def _claim(self, items: Sequence[FSMBulkItem]) -> None:
+        """Take the items, in the transaction that changes their records. Raises `_Taken` if somebody has."""
+        waiting = FSMBulkItem.objects.using(self.database).filter(outcome=Outcome.WAITING)
+        if waiting.filter(pk__in=[item.pk for item in items]).update(outcome=Outcome.CHANGED) != len(items):
+            raise _Taken
 
     def _write(self, tasks: list[Task]) -> None:
-        """Change the records, their log entries and the items together; all or, when it raises, none."""
+        """Change the records, with their log entries and what the items need; all or, when it raises, none."""
         changes, alias = tasks[0].changes, tasks[0].record.alias
+        with logged(self.user, [(task.record, noted(task.record, changes)) for task in tasks]):
+            storages.editor(alias).edit(
+                [task.record for task in tasks],
+                **changes.as_arguments(),
+                if_versions=[task.record.version for task in tasks],
+                by=self.user,
+            )
+        pks = [task.record.pk for task in tasks]
+        versions = dict(FSMRecord.objects.filter(pk__in=pks).values_list("pk", "version"))
+        for task in tasks:
+            task.item.version = versions.get(task.record.pk)
+            task.item.before = _before(task.record, changes)
         items = [task.item for task in tasks]
-        database = router.db_for_write(FSMBulkItem)
-        with transaction.atomic(using=database):
-            waiting = FSMBulkItem.objects.using(database).filter(outcome=Outcome.WAITING)
-            if waiting.filter(pk__in=[item.pk for item in items]).update(outcome=Outcome.CHANGED) != len(
-                items
-            ):
-                raise _Taken
-            with logged(self.user, [(task.record, noted(task.record, changes)) for task in tasks]):
-                storages.editor(alias).edit(
-                    [task.record for task in tasks],
-                    **changes.as_arguments(),
-                    if_versions=[task.record.version for task in tasks],
-                    by=self.user,
-                )
-            pks = [task.record.pk for task in tasks]
-            versions = dict(FSMRecord.objects.filter(pk__in=pks).values_list("pk", "version"))
-            for task in tasks:
-                task.item.version = versions.get(task.record.pk)
-                task.item.before = _before(task.record, changes)
-            FSMBulkItem.objects.using(database).bulk_update(items, ["version", "before"], batch_size=BATCH)
+        FSMBulkItem.objects.using(self.database).bulk_update(items, ["version", "before"], batch_size=BATCH)
 
 
 def _before(record: FSMRecord, changes: Changes) -> dict[str, Any]:
@@ -201,7 +235,7 @@ def _before(record: FSMRecord, changes: Changes) -> dict[str, Any]:
     return before
 
 
-def _settle(items: Sequence[FSMBulkItem], outcome: FSMBulkItem.Outcome, reason: str = "") -> None:
-    """Note the outcome of items that still wait."""
-    waiting = FSMBulkItem.objects.filter(pk__in=[item.pk for item in items], outcome=Outcome.WAITING)
-    waiting.update(outcome=outcome, reason=reason[:255])
+def _settle(item: FSMBulkItem, verdict: Verdict) -> None:
+    """Note the outcome of an item that still waits."""
+    waiting = FSMBulkItem.objects.filter(pk=item.pk, outcome=Outcome.WAITING)
+    waiting.update(outcome=verdict.outcome, reason=verdict.reason[:255])

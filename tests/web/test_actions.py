@@ -226,15 +226,15 @@ def test_one_key_is_removed(agent, make_record):
 def bot_is_quicker(monkeypatch):
     """Let the bot change a record each time between the admin's reading and its writing, while it has changes."""
 
-    def arrange(record, changes):
-        write = bulkwork.Worker._write
+    def arrange(record, changes, before="_change"):
+        method = getattr(bulkwork.Worker, before)
 
         def late(self, tasks):
             if any(task.record.pk == record.pk for task in tasks) and (change := next(changes, None)):
                 FSMRecord.objects.get(pk=record.pk).edit(**change, source="bot")
-            write(self, tasks)
+            method(self, tasks)
 
-        monkeypatch.setattr(bulkwork.Worker, "_write", late)
+        monkeypatch.setattr(bulkwork.Worker, before, late)
 
     return arrange
 
@@ -249,8 +249,9 @@ def test_what_the_bot_writes_meanwhile_is_kept(agent, make_record, bot_is_quicke
 
 
 def test_one_that_never_stands_still_is_left_alone(agent, make_record, bot_is_quicker):
+    """Where no lock holds: here the bot's write is made to come in between in spite of it."""
     calm, busy = make_record(state="Order:item"), make_record(state="Order:item")
-    bot_is_quicker(busy, ({"data": {"n": number}} for number in count(1)))
+    bot_is_quicker(busy, ({"data": {"n": number}} for number in count(1)), before="_write")
     response = confirm(agent, "clear_state", [calm, busy])
     assert (fresh(calm).state, fresh(busy).state) == (None, "Order:item")
     assert outcomes(response) == {"changed": 1, "moved": 1}
