@@ -43,12 +43,19 @@ __all__ = [
 ]
 
 
+class UtcNow(Now):
+    """The database's clock, in UTC as Django keeps instants. On MariaDB and MySQL `Now` is in the session's zone."""
+
+    def as_mysql(self, compiler: Any, connection: Any, **context: Any) -> Any:
+        return self.as_sql(compiler, connection, template="UTC_TIMESTAMP(6)", **context)
+
+
 def _state_is_live() -> Q:
-    return Q(state__isnull=False) & (Q(state_expires_at__isnull=True) | Q(state_expires_at__gt=Now()))
+    return Q(state__isnull=False) & (Q(state_expires_at__isnull=True) | Q(state_expires_at__gt=UtcNow()))
 
 
 def _data_is_live() -> Q:
-    return ~Q(data={}) & (Q(data_expires_at__isnull=True) | Q(data_expires_at__gt=Now()))
+    return ~Q(data={}) & (Q(data_expires_at__isnull=True) | Q(data_expires_at__gt=UtcNow()))
 
 
 def _nested(path: Sequence[str], value: Any) -> Any:
@@ -78,15 +85,15 @@ class FSMRecordQuerySet(models.QuerySet["FSMRecord"]):
 
     def expired(self) -> Self:
         """Records with a part that has expired and has not been swept."""
-        return self.filter(Q(state_expires_at__lte=Now()) | Q(data_expires_at__lte=Now()) & ~Q(data={}))
+        return self.filter(Q(state_expires_at__lte=UtcNow()) | Q(data_expires_at__lte=UtcNow()) & ~Q(data={}))
 
     def state_expired(self) -> Self:
         """Records with a state that has expired and has not been swept."""
-        return self.filter(state_expires_at__lte=Now())
+        return self.filter(state_expires_at__lte=UtcNow())
 
     def data_expired(self) -> Self:
         """Records with data that has expired and has not been swept."""
-        return self.filter(data_expires_at__lte=Now()).exclude(data={})
+        return self.filter(data_expires_at__lte=UtcNow()).exclude(data={})
 
     def in_state(self, *states: State | str | None) -> Self:
         """Records that are in one of `states` now; None stands for no state."""
@@ -153,7 +160,7 @@ class FSMRecordQuerySet(models.QuerySet["FSMRecord"]):
 
     def expiring(self, within: timedelta) -> Self:
         """Records with a part that has not expired and will within this time."""
-        now, then = Now(), Now() + within
+        now, then = UtcNow(), UtcNow() + within
         return self.filter(
             Q(state_expires_at__gt=now, state_expires_at__lte=then)
             | Q(data_expires_at__gt=now, data_expires_at__lte=then)
@@ -165,7 +172,7 @@ class FSMRecordQuerySet(models.QuerySet["FSMRecord"]):
 
     def unchanged_for(self, span: timedelta) -> Self:
         """Records whose last change is at least this long ago."""
-        return self.filter(updated_at__lte=Now() - span)
+        return self.filter(updated_at__lte=UtcNow() - span)
 
     def holding(self, path: Sequence[str], values: Iterable[Any]) -> Self:
         """Records whose live data has one of `values` at `path`, the keys from the outermost inwards."""
@@ -183,7 +190,7 @@ class FSMRecordQuerySet(models.QuerySet["FSMRecord"]):
 
     def data_live(self) -> Self:
         """Records whose data has not expired."""
-        return self.filter(Q(data_expires_at__isnull=True) | Q(data_expires_at__gt=Now()))
+        return self.filter(Q(data_expires_at__isnull=True) | Q(data_expires_at__gt=UtcNow()))
 
     def live_by_state(self) -> dict[str, int]:
         """Count the records that are in each state now."""
@@ -230,7 +237,7 @@ class FSMRecordQuerySet(models.QuerySet["FSMRecord"]):
 
     def with_clock(self) -> Self:
         """Add the database's time as `read_at`, by which `current_state` and the like are judged."""
-        return self.annotate(read_at=Now())
+        return self.annotate(read_at=UtcNow())
 
 
 class FSMRecord(models.Model):
@@ -394,7 +401,7 @@ class FSMTransitionQuerySet(models.QuerySet["FSMTransition"]):
 
     def within(self, span: timedelta) -> Self:
         """The transitions of this time up to now."""
-        return self.filter(at__gte=Now() - span)
+        return self.filter(at__gte=UtcNow() - span)
 
     def traffic(self) -> Iterable[tuple[str | None, str | None, int, int]]:
         """Count the changes of state: from, to, how many, and how many of them were expiries."""

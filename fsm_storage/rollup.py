@@ -18,7 +18,6 @@ from uuid import UUID
 
 from django.db import connections, models, transaction
 from django.db.models import Q
-from django.db.models.functions import Now
 
 from fsm_storage.models import FSMTransition
 from fsm_storage.tallies import FSMHourlyMove, FSMHourlyPath, FSMRollupMark, FSMRun
@@ -219,14 +218,14 @@ class Roller:
         with transaction.atomic(self.using):
             # On a database that does not lock rows, this write takes the lock instead.
             if not features.has_select_for_update:
-                marks.filter(pk=1).update(rolled_at=Now())
+                marks.filter(pk=1).update(rolled_at=UtcNow())
             skips = features.has_select_for_update_skip_locked
             mark = marks.select_for_update(skip_locked=skips).filter(pk=1).first()
             if mark is None:
                 return 0, True
             pending = Pending(mark, self.using, self.batch_size)
             self._write(pending.count(self.using))
-            marks.filter(pk=1).update(upto=pending.upto, gaps=pending.gaps, rolled_at=Now())
+            marks.filter(pk=1).update(upto=pending.upto, gaps=pending.gaps, rolled_at=UtcNow())
         return len(pending.rows), pending.is_all
 
     def _write(self, count: Count) -> None:

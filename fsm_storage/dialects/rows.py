@@ -6,7 +6,7 @@ A dialect reads and locks the rows, has them patched here, and writes what is co
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, cast
 
@@ -14,7 +14,7 @@ from aiogram.fsm.storage.base import StorageKey
 
 from fsm_storage.codec import is_json
 from fsm_storage.dialects import Change, Lapse, Lapsed, Scope, Write, WriteReply, Written
-from fsm_storage.exceptions import CorruptData, VersionConflict
+from fsm_storage.exceptions import CorruptData, InvalidData, VersionConflict
 from fsm_storage.patches import EMPTY, KEEP, Content, Seconds, apply, is_past
 
 
@@ -52,10 +52,12 @@ def seconds(text: str) -> Seconds:
 
 
 class Work:
-    """Collects the rows to write."""
+    """Collects the rows to write. `flaw` says why the server could not keep a content in place of another."""
 
-    def __init__(self, scope: Scope, now: str) -> None:
-        self.scope, self.clock = scope, Clock(now)
+    def __init__(
+        self, scope: Scope, now: str, flaw: Callable[[Content, Content], str | None] = lambda old, new: None
+    ) -> None:
+        self.scope, self.clock, self.flaw = scope, Clock(now), flaw
         self.inserts: list[tuple[Any, ...]] = []
         self.state_updates: list[tuple[Any, ...]] = []
         self.updates: list[tuple[Any, ...]] = []
@@ -95,6 +97,9 @@ class Work:
             return error
         if row.id is None and new.state is None and new.data == EMPTY:
             return Written(None, merged=merged)
+        flaw = self.flaw(old, new)
+        if flaw is not None:
+            return InvalidData("", flaw, write.key)
         version = self._save(write, row, new)
         if self.scope.history != "off":
             self._note(write, old, new)

@@ -141,6 +141,8 @@ class SQLite:
     reads_apart = False
     write_begin = "BEGIN IMMEDIATE"
     binds_on_server = False
+    paramstyle = "qmark"
+    joins = False
     claim = staticmethod(leases.claim)
     sweep_leases = staticmethod(leases.sweep)
     name = staticmethod(peers.name)
@@ -206,8 +208,8 @@ class SQLite:
             f"PRAGMA busy_timeout = {int(min(timeout, 1.0) * 1000)}",
         )
 
-    def lock_limits(self, timeout: float) -> Sequence[str]:
-        return ()
+    def lock_limits(self, timeout: float) -> tuple[Sequence[str], Sequence[str]]:
+        return (), ()
 
     def is_lock_timeout(self, code: str | None, message: str) -> bool:
         return False
