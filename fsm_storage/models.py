@@ -40,6 +40,7 @@ __all__ = [
     "FSMRollupMark",
     "FSMRun",
     "FSMTransition",
+    "UtcNow",
 ]
 
 

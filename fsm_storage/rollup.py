@@ -19,7 +19,7 @@ from uuid import UUID
 from django.db import connections, models, transaction
 from django.db.models import Q
 
-from fsm_storage.models import FSMTransition
+from fsm_storage.models import FSMTransition, UtcNow
 from fsm_storage.tallies import FSMHourlyMove, FSMHourlyPath, FSMRollupMark, FSMRun
 
 UNKNOWN_SPAN = -1

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psycopg
 from django.db import connections
 from django.db.models import F
 
@@ -52,3 +53,54 @@ def execute(database: str, sql: str, params: Any = None) -> list[tuple[Any, ...]
     with connections[database].cursor() as cursor:
         cursor.execute(sql, params)
         return cursor.fetchall() if cursor.description else []
+
+
+def now_of(database: str, seconds: float = 0) -> str:
+    """Return the SQL of the database's clock, so many seconds from now."""
+    if database == "default":
+        return f"strftime('%Y-%m-%d %H:%M:%f', 'now', '{seconds} seconds')"
+    clock = "now()" if database == "postgres" else "UTC_TIMESTAMP(6)"
+    return f"({clock} + interval '{seconds}' second)"
+
+
+def data_as_text(database: str) -> str:
+    return "data::text" if database == "postgres" else "data"
+
+
+class OtherSession:
+    """Somebody else's connection to a server, in a transaction until it commits or rolls back."""
+
+    def __init__(self, database: str) -> None:
+        facts = connections[database].settings_dict
+        self._connection: Any
+        if database == "postgres":
+            self._connection = psycopg.connect(host=facts["HOST"], user=facts["USER"], dbname=facts["NAME"])
+        else:
+            import MySQLdb
+
+            # At READ COMMITTED, as Django connects.
+            self._connection = MySQLdb.connect(
+                unix_socket=facts["HOST"],
+                user=facts["USER"],
+                database=facts["NAME"],
+                init_command="SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
+            )
+
+    def execute(self, sql: str, params: Any = None) -> Sequence[tuple[Any, ...]]:
+        cursor = self._connection.cursor()
+        cursor.execute(sql, params)
+        return cursor.fetchall() if cursor.description else []
+
+    def commit(self) -> None:
+        self._connection.commit()
+
+    def rollback(self) -> None:
+        self._connection.rollback()
+
+    def close(self) -> None:
+        self._connection.rollback()
+        self._connection.close()
+
+
+def is_deadlock(error: Exception) -> bool:
+    return isinstance(error, psycopg.errors.DeadlockDetected) or error.args[0] == 1213

@@ -62,6 +62,12 @@ class Postgres:
     def dsn(self, database: str) -> str:
         return f"host={self.host} user=postgres dbname={database}"
 
+    def create_database(self, name: str) -> None:
+        """Make an empty database in place of one of this name."""
+        with psycopg.connect(self.dsn("postgres"), autocommit=True) as connection:
+            for sql in (f"DROP DATABASE IF EXISTS {name}", f"CREATE DATABASE {name}"):
+                connection.execute(sql)
+
     def start(self) -> None:
         self._server.ensure_postgres_running()
 
@@ -126,6 +132,15 @@ class Mariadb:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def create_database(self, name: str) -> None:
+        """Make an empty database in place of one of this name."""
+        import MySQLdb
+
+        connection = MySQLdb.connect(unix_socket=self.host, user="root")
+        for sql in (f"DROP DATABASE IF EXISTS {name}", f"CREATE DATABASE {name}"):
+            connection.cursor().execute(sql)
+        connection.close()
 
     def start(self) -> None:
         mariadbd = shutil.which("mariadbd", path=_SERVER_PATH)

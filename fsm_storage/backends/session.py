@@ -420,6 +420,8 @@ class _Unit:
         """Say whether the connection is of no more use after `error`."""
         if isinstance(error, InterfaceError):
             return True
+        if self.connection.connection is None:  # which Django's wrapper for MySQL does not stand
+            return True
         return isinstance(error, OperationalError) and not self.connection.is_usable()
 
     def _open(self) -> Any:

@@ -28,6 +28,8 @@ FROM (SELECT 1) one LEFT JOIN fsm_storage_record r ON r.alias = %s AND r.`key` I
 ORDER BY r.`key` FOR UPDATE
 """
 EXISTING = "SELECT `key` FROM fsm_storage_record WHERE alias = %s AND `key` IN %s"
+# Fails at once where somebody is about to make one of them, or to delete it; the INSERT would wait.
+NOBODY_MAKES = f"{EXISTING} FOR UPDATE NOWAIT"
 
 _EXPIRED = """
 SELECT id, `key`, bot_id, chat_id, user_id, thread_id, business_connection_id, destiny, version, state, data,

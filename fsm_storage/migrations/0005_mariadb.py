@@ -4,7 +4,7 @@ from django.db import migrations, models
 
 EXACT = ["fsmrecord", "fsmtransition", "fsmlease", "fsmhourlymove", "fsmhourlypath", "fsmrun", "fsmrollupmark"]
 INDEXES = {
-    "fsm_storage_record_updated": ["-updated_at"],
+    "fsm_storage_record_updated": ["updated_at"],  # walked backwards, which the admin's order by id needs too
     "fsm_storage_record_state": ["state"],
     "fsm_storage_record_state_exp": ["state_expires_at"],
     "fsm_storage_record_data_exp": ["data_expires_at"],

@@ -20,7 +20,8 @@ from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
-from tests.servers import Postgres, start_child
+from tests.conftest import NO_MARIADB, SKIP_MARIADB
+from tests.servers import Mariadb, Postgres, start_child
 
 
 class Launcher:
@@ -85,23 +86,39 @@ def another_database(alias: str, like: str, **changes: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def own_postgres(django_db_setup: None) -> Iterator[Postgres]:
-    """A PostgreSQL that a test may stop and kill; its migrated database has the alias "own"."""
+    """A PostgreSQL that a test may stop and kill."""
     server = Postgres(settings.TEST_DIR / "own")
     yield server
     server.remove()
 
 
+@pytest.fixture(scope="session")
+def own_mariadb(django_db_setup: None) -> Iterator[Mariadb]:
+    """A MariaDB that a test may stop and kill, and which keeps what it acknowledged."""
+    if NO_MARIADB:
+        pytest.fail(NO_MARIADB)
+    server = Mariadb(settings.TEST_DIR / "own_mariadb")
+    yield server
+    server.remove()
+
+
+@pytest.fixture(params=["postgres", pytest.param("mariadb", marks=SKIP_MARIADB)])
+def own_server(request: pytest.FixtureRequest) -> Postgres | Mariadb:
+    """A server that a test may stop and kill; `own_database` is on it."""
+    server: Postgres | Mariadb = request.getfixturevalue(f"own_{request.param}")
+    return server
+
+
 @pytest.fixture
-def own_database(own_postgres: Postgres, django_db_blocker: Any) -> Iterator[str]:
+def own_database(own_server: Postgres | Mariadb, django_db_blocker: Any) -> Iterator[str]:
     """Not for a test with a `django_db` mark, which would forbid a database that it does not know."""
+    like = "postgres" if isinstance(own_server, Postgres) else "mariadb"
+    own_server.create_database("own")
     with (
         django_db_blocker.unblock(),
-        another_database("own", "postgres", HOST=own_postgres.host, NAME="postgres") as alias,
+        another_database("own", like, HOST=own_server.host, NAME="own") as alias,
     ):
-        call_command("migrate", database=alias, verbosity=0)
-        for table in ("fsm_storage_record", "fsm_storage_transition"):
-            with connections[alias].cursor() as cursor:
-                cursor.execute(f"TRUNCATE {table}")
+        call_command("migrate", "fsm_storage", database=alias, verbosity=0)
         connections[alias].close()
         yield alias
 

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 from aiogram.fsm.storage.base import StorageKey
+from django.db import connections
 
 from fsm_storage import DjangoStorage
 from fsm_storage.exceptions import InvalidData, InvalidDataType, InvalidKey
-from tests.conftest import POSTGRES
+from tests.conftest import MARIADB, POSTGRES
 from tests.database.conftest import Statements
 from tests.rows import in_thread, records, transitions
 
 Make = Callable[..., DjangoStorage]
 ONLY_POSTGRES = pytest.mark.parametrize("database", [POSTGRES], indirect=True)
+ON_SERVERS = pytest.mark.parametrize("database", [POSTGRES, MARIADB], indirect=True)
 
 
 def chat(number: int) -> StorageKey:
@@ -42,6 +44,11 @@ async def in_one_batch(
         statements.seen.clear()
     await asyncio.gather(*first)
     return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def ours(statements: Statements) -> list[str]:
+    """Without those that prepare a new connection."""
+    return [sql for sql in statements.seen if "fsm_storage" in sql]
 
 
 def kinds(statements: Statements) -> list[str]:
@@ -75,10 +82,15 @@ async def test_a_batch_of_writes_is_one_transaction(
     storage: DjangoStorage, statements: Statements, database: str
 ) -> None:
     await in_one_batch(storage, statements, [WRITES["update_data"](storage, n) for n in range(50)])
-    ends = [kind for kind in kinds(statements) if kind in ("BEGIN", "COMMIT")]
+    ends = [kind for kind in kinds(statements) if kind in ("BEGIN", "START", "COMMIT")]
+    # The write that was held up, and all of the rest.
     if database == "default":
-        # The write that was held up, and all of the rest.
         assert ends.count("COMMIT") <= 2
+    elif database == "mariadb":
+        # Each beginning travels with a SELECT, each COMMIT with what goes before it.
+        assert ends.count("START") <= 2
+        assert len(ours(statements)) <= 7  # a read, and two of new records
+        assert sum("COMMIT" in sql for sql in statements.seen) <= 2
     else:
         assert ends == []
         assert len(statements.seen) <= 3
@@ -89,7 +101,7 @@ async def test_a_batch_of_reads_is_one_statement_for_each_part(
 ) -> None:
     reads = [storage.get_state(chat(n)) for n in range(50)] + [storage.get_data(chat(n)) for n in range(50)]
     await in_one_batch(storage, statements, reads)
-    assert len([sql for sql in statements.seen if sql.lstrip().upper().startswith("SELECT")]) <= 5
+    assert len([sql for sql in ours(statements) if sql.lstrip().upper().startswith("SELECT")]) <= 5
 
 
 @ONLY_POSTGRES
@@ -104,6 +116,34 @@ async def test_a_lone_write_on_postgresql_is_one_round_trip(
             assert len(statements.seen) == 1
 
 
+@pytest.mark.parametrize("database", [MARIADB], indirect=True)
+@pytest.mark.parametrize("history", ["off", "states", "full"])
+async def test_a_lone_write_on_mariadb_is_two_round_trips(
+    make_storage: Make, statements: Statements, history: str
+) -> None:
+    storage = make_storage(history=history)
+    await storage.set_state(chat(1), "a")  # opens the connection
+    for n in (1, 2):
+        for write in WRITES.values():
+            statements.seen.clear()
+            await write(storage, n)
+            is_new = n == 2 and write is WRITES["set_state"]
+            assert len(statements.seen) == 2 + is_new  # whether somebody holds a row that is not seen
+
+
+@pytest.mark.parametrize("database", [MARIADB], indirect=True)
+async def test_statements_go_one_by_one_where_the_driver_must_not_join_them(
+    storage: DjangoStorage, statements: Statements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(connections["mariadb"].settings_dict["OPTIONS"], "multi_statements", False)
+    for n in (1, 2):
+        await storage.set_state(chat(1), f"s{n}")
+        await storage.update_data(chat(1), {f"f{n}": n})
+    assert await storage.get_data(chat(1)) == {"f1": 1, "f2": 2}
+    assert not [sql for sql in statements.seen if ";" in sql and "fsm_storage" in sql]
+    assert kinds(statements).count("COMMIT") == 4
+
+
 async def test_a_lone_read_is_one_statement(storage: DjangoStorage, statements: Statements) -> None:
     await storage.get_state(chat(1))
     for read in (storage.get_state, storage.get_data):
@@ -112,8 +152,8 @@ async def test_a_lone_read_is_one_statement(storage: DjangoStorage, statements: 
         assert len(statements.seen) == 1
 
 
-@ONLY_POSTGRES
-async def test_reads_do_not_wait_for_a_commit_on_postgresql(
+@ON_SERVERS
+async def test_reads_do_not_wait_for_a_commit_on_a_server(
     storage: DjangoStorage, statements: Statements
 ) -> None:
     """The writer's thread is held up, and reads go on."""

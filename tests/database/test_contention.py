@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 
-import psycopg
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from django.db import connections
@@ -14,16 +13,17 @@ from django.db import connections
 from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.exceptions import StorageTimeout
 from fsm_storage.models import FSMRecord, FSMTransition
-from tests.conftest import POSTGRES
+from tests.conftest import MARIADB, POSTGRES
+from tests.rows import OtherSession, now_of
 
-pytestmark = [pytest.mark.parametrize("database", [POSTGRES], indirect=True)]
+pytestmark = [pytest.mark.parametrize("database", [POSTGRES, MARIADB], indirect=True)]
 
 HELD = {
     "select": "SELECT 1 FROM fsm_storage_record WHERE chat_id = 3 FOR UPDATE",
-    "update": "UPDATE fsm_storage_record SET updated_at = now() WHERE chat_id = 3",
+    "update": "UPDATE fsm_storage_record SET updated_at = {now} WHERE chat_id = 3",
     "delete": "DELETE FROM fsm_storage_record WHERE chat_id = 3",
-    "insert": """INSERT INTO fsm_storage_record (alias, key, bot_id, chat_id, user_id, destiny, data, version)
-        VALUES ('postgres', '1:77:77', 1, 77, 77, 'default', '{}', 1)""",
+    "insert": """INSERT INTO fsm_storage_record (alias, {key}, bot_id, chat_id, user_id, destiny, data, version)
+        VALUES ('{database}', '1:77:77', 1, 77, 77, 'default', '{{}}', 1)""",
 }
 
 
@@ -32,21 +32,25 @@ def chat(number: int) -> StorageKey:
 
 
 @pytest.fixture
-def other() -> Iterator[psycopg.Connection]:
-    facts = connections["postgres"].settings_dict
-    with psycopg.connect(host=facts["HOST"], user=facts["USER"], dbname=facts["NAME"]) as connection:
-        yield connection
-        connection.rollback()
+def other(database: str) -> Iterator[OtherSession]:
+    session = OtherSession(database)
+    yield session
+    session.close()
+
+
+def held_sql(held: str, database: str) -> str:
+    key = connections[database].ops.quote_name("key")
+    return HELD[held].format(now=now_of(database), key=key, database=database)
 
 
 @pytest.mark.parametrize("history", ["off", "states", "full"])
 @pytest.mark.parametrize("held", sorted(HELD))
 async def test_a_held_record_stops_its_own_writes_only(
-    make_storage: Callable[..., DjangoStorage], other: psycopg.Connection, held: str, history: str
+    make_storage: Callable[..., DjangoStorage], other: OtherSession, database: str, held: str, history: str
 ) -> None:
     storage = make_storage(history=history, timeout=2.0)
     await asyncio.gather(*(storage.set_state(chat(n), "before") for n in range(10)))
-    other.execute(HELD[held])
+    other.execute(held_sql(held, database))
     blocked = asyncio.create_task(storage.set_state(chat(77 if held == "insert" else 3), "after"))
     free = [n for n in range(10) if n != 3]
     began = time.monotonic()
@@ -60,11 +64,11 @@ async def test_a_held_record_stops_its_own_writes_only(
 
 
 async def test_a_record_that_stays_held_is_a_clear_error_within_the_timeout(
-    make_storage: Callable[..., DjangoStorage], other: psycopg.Connection
+    make_storage: Callable[..., DjangoStorage], other: OtherSession, database: str
 ) -> None:
     storage = make_storage(timeout=0.5)
     await storage.set_state(chat(3), "before")
-    other.execute(HELD["update"])
+    other.execute(held_sql("update", database))
     began = time.monotonic()
     with pytest.raises(StorageTimeout):
         await storage.set_state(chat(3), "after")
@@ -75,37 +79,41 @@ async def test_a_record_that_stays_held_is_a_clear_error_within_the_timeout(
 
 
 async def test_a_lone_write_that_meets_the_sweep_notes_the_expiry_once(
-    make_storage: Callable[..., DjangoStorage], other: psycopg.Connection
+    make_storage: Callable[..., DjangoStorage], other: OtherSession, database: str
 ) -> None:
     """The upsert waits for the sweep that deletes the row, and then inserts: the old row is history already."""
     storage = make_storage(timeout=5.0)
     await storage.set_state(chat(3), "old")
-    other.execute("UPDATE fsm_storage_record SET state_expires_at = now() - interval '1 hour'")
+    other.execute(f"UPDATE fsm_storage_record SET state_expires_at = {now_of(database, -3600)}")
     other.commit()
+    columns = f"alias, {connections[database].ops.quote_name('key')}, bot_id, chat_id, user_id"
     other.execute(
-        """WITH gone AS (DELETE FROM fsm_storage_record RETURNING *)
-        INSERT INTO fsm_storage_transition (alias, key, bot_id, chat_id, user_id, from_state, at, source)
-        SELECT alias, key, bot_id, chat_id, user_id, state, state_expires_at, 'expiry' FROM gone"""
+        f"""INSERT INTO fsm_storage_transition ({columns}, from_state, at, source)
+        SELECT {columns}, state, state_expires_at, 'expiry' FROM fsm_storage_record"""
     )
+    other.execute("DELETE FROM fsm_storage_record")
     writing = asyncio.create_task(storage.set_state(chat(3), "new"))
     await asyncio.sleep(0.05)
     other.commit()
     await writing
     notes = [
         (row.from_state, row.to_state, row.source)
-        async for row in FSMTransition.objects.using("postgres").order_by("id")
+        async for row in FSMTransition.objects.using(database).order_by("id")
     ]
     assert notes == [(None, "old", "bot"), ("old", None, "expiry"), (None, "new", "bot")]
 
 
 async def test_writes_are_committed_where_the_project_switches_autocommit_off(
-    make_storage: Callable[..., DjangoStorage], other: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+    make_storage: Callable[..., DjangoStorage],
+    other: OtherSession,
+    database: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(connections["postgres"].settings_dict, "AUTOCOMMIT", False)
+    monkeypatch.setitem(connections[database].settings_dict, "AUTOCOMMIT", False)
     storage = make_storage(alias="manual")
     for number in range(5):
         await storage.set_state(chat(number), "kept")
     await asyncio.gather(*(storage.set_state(chat(number), "kept") for number in range(5, 20)))
-    found = other.execute("SELECT count(*) FROM fsm_storage_record WHERE alias = 'manual'").fetchone()
-    assert found == (20,)
-    assert await FSMRecord.objects.using("postgres").filter(alias="manual").acount() == 20
+    found = other.execute("SELECT count(*) FROM fsm_storage_record WHERE alias = 'manual'")
+    assert list(found) == [(20,)]
+    assert await FSMRecord.objects.using(database).filter(alias="manual").acount() == 20

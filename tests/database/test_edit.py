@@ -23,7 +23,7 @@ from fsm_storage.exceptions import (
     VersionConflict,
 )
 from fsm_storage.models import FSMRecord
-from tests.rows import let_time_pass, record, transitions
+from tests.rows import OtherSession, let_time_pass, record, transitions
 
 Make = Callable[..., DjangoStorage]
 
@@ -337,8 +337,6 @@ def test_an_edit_waits_for_a_locked_database_and_no_longer(
     import sqlite3
     import time
 
-    import psycopg
-
     storage = make_storage(timeout=1.0)
     write(storage, key)
     row = record(database)
@@ -348,8 +346,7 @@ def test_an_edit_waits_for_a_locked_database_and_no_longer(
         other.execute("BEGIN IMMEDIATE")
         connections[database].settings_dict["OPTIONS"]["timeout"], before = 1, 5
     else:
-        facts = connections[database].settings_dict
-        other = psycopg.connect(host=facts["HOST"], user=facts["USER"], dbname=facts["NAME"])
+        other = OtherSession(database)
         other.execute("SELECT 1 FROM fsm_storage_record FOR UPDATE")
         before = None
     began = time.monotonic()

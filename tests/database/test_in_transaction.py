@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from asgiref.sync import async_to_sync
+from django.conf import settings
 from django.test import TestCase
 
 from fsm_storage import DjangoStorage, storages
 from fsm_storage.models import FSMRecord, FSMTransition
+from tests.conftest import NO_MARIADB, SKIP_MARIADB
 
 KEY = StorageKey(bot_id=1, chat_id=2, user_id=3)
 fixture = pytest.mark.usefixtures("fsm_storages_in_transaction")
@@ -78,6 +80,12 @@ class TestOnPostgres(InTransaction, TestCase):
     databases = {"postgres"}
 
 
+@SKIP_MARIADB
+class TestOnMariaDB(InTransaction, TestCase):
+    database = "mariadb"
+    databases = {"mariadb"} if not NO_MARIADB else set()
+
+
 class TestThatAreNotSwitched(TestCase):
     """What the fixture is for: without it, a worker thread does not see the test's transaction."""
 
@@ -97,8 +105,8 @@ class TestThatAreNotSwitched(TestCase):
         assert async_to_sync(plain.get_state)(KEY) is None
 
 
-@pytest.mark.django_db(databases=["default", "postgres"])
-@pytest.mark.parametrize("alias", ["default", "postgres"])
+@pytest.mark.django_db(databases=list(settings.DATABASES))
+@pytest.mark.parametrize("alias", settings.DATABASES)
 @fixture
 def test_a_synchronous_test_of_pytest(alias: str) -> None:
     storage = storages[alias]
@@ -107,8 +115,8 @@ def test_a_synchronous_test_of_pytest(alias: str) -> None:
     assert async_to_sync(storage.get_state)(KEY) == "a"
 
 
-@pytest.mark.django_db(transaction=True, databases=["default", "postgres"])
-@pytest.mark.parametrize("alias", ["default", "postgres"])
+@pytest.mark.django_db(transaction=True, databases=list(settings.DATABASES))
+@pytest.mark.parametrize("alias", settings.DATABASES)
 @pytest.mark.parametrize("switched", [True, False])
 async def test_an_asynchronous_test_of_pytest_commits(
     alias: str, switched: bool, request: pytest.FixtureRequest

@@ -141,6 +141,8 @@ def open_transactions(database: str) -> int:
     if database == "postgres":
         sql = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'"
         return int(execute(database, sql)[0][0])
+    if database == "mariadb":
+        return int(execute(database, "SELECT count(*) FROM information_schema.innodb_trx")[0][0])
     other = sqlite3.connect(connections[database].settings_dict["NAME"], timeout=0, isolation_level=None)
     try:
         other.execute("BEGIN IMMEDIATE")

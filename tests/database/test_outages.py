@@ -7,22 +7,21 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-import psycopg
 import pytest
 from aiogram.fsm.storage.base import StorageKey
-from django.db import connections
+from django.db import OperationalError, connections
 
 from fsm_storage import DjangoStorage
 from fsm_storage.exceptions import StorageTimeout, StorageUnavailable
-from tests.conftest import POSTGRES, SQLITE
+from tests.conftest import MARIADB, POSTGRES, SQLITE
 from tests.loop_watch import watched_loop
-from tests.rows import execute, in_thread, record, transitions
-from tests.servers import Postgres
+from tests.rows import OtherSession, execute, in_thread, is_deadlock, now_of, record, transitions
+from tests.servers import Mariadb, Postgres
 
 Make = Callable[..., DjangoStorage]
-ONLY_POSTGRES = pytest.mark.parametrize("database", [POSTGRES], indirect=True)
+ON_SERVERS = pytest.mark.parametrize("database", [POSTGRES, MARIADB], indirect=True)
 ONLY_SQLITE = pytest.mark.parametrize("database", [SQLITE], indirect=True)
 TIMEOUT = 1.5
 CLEAR = (StorageTimeout, StorageUnavailable)
@@ -75,13 +74,13 @@ class Load:
 
 @pytest.mark.parametrize("away", ["stop", "kill"])
 async def test_a_server_that_goes_and_comes_back_under_load(
-    own_database: str, own_postgres: Postgres, away: str
+    own_database: str, own_server: Postgres | Mariadb, away: str
 ) -> None:
     storage = DjangoStorage(own_database, database=own_database, timeout=TIMEOUT)
     await storage.set_state(chat(0), "before")
     load = Load(storage, 20)
     await load.wait_for_writes()
-    await asyncio.to_thread(getattr(own_postgres, away))
+    await asyncio.to_thread(getattr(own_server, away))
     await asyncio.sleep(2 * TIMEOUT)
     # Each call that met the outage was told so in time, and the loop went on.
     assert load.errors
@@ -92,7 +91,7 @@ async def test_a_server_that_goes_and_comes_back_under_load(
     with pytest.raises(CLEAR):
         await storage.get_state(chat(0))
     assert time.monotonic() - began < TIMEOUT + 0.5
-    await asyncio.to_thread(own_postgres.start)
+    await asyncio.to_thread(own_server.start)
     assert await storage.get_state(chat(0)) == "before"  # the first call after the restart
     await load.wait_for_writes()
     await load.stop()
@@ -101,40 +100,49 @@ async def test_a_server_that_goes_and_comes_back_under_load(
     await storage.close()
 
 
-async def test_the_first_write_after_a_restart_works(own_database: str, own_postgres: Postgres) -> None:
+async def test_the_first_write_after_a_restart_works(
+    own_database: str, own_server: Postgres | Mariadb
+) -> None:
     storage = DjangoStorage(own_database, database=own_database)
     await storage.set_state(chat(0), "before")
     await storage.set_data(chat(0), {"a": 1})
     for _ in range(2):
-        await asyncio.to_thread(own_postgres.stop)
-        await asyncio.to_thread(own_postgres.start)
+        await asyncio.to_thread(own_server.stop)
+        await asyncio.to_thread(own_server.start)
         assert await storage.update_data(chat(0), {"b": 1}) == {"a": 1, "b": 1}
         assert await storage.get_state(chat(0)) == "before"
     await storage.close()
 
 
-async def test_a_server_that_is_away_at_the_start(own_database: str, own_postgres: Postgres) -> None:
+async def test_a_server_that_is_away_at_the_start(own_database: str, own_server: Postgres | Mariadb) -> None:
     storage = DjangoStorage(own_database, database=own_database, timeout=TIMEOUT)
-    await asyncio.to_thread(own_postgres.stop)
+    await asyncio.to_thread(own_server.stop)
     began = time.monotonic()
     outcomes = await asyncio.gather(
         *(storage.set_state(chat(n), "a") for n in range(10)), return_exceptions=True
     )
     assert time.monotonic() - began < TIMEOUT + 0.5
     assert {type(outcome) for outcome in outcomes} <= set(CLEAR)
-    await asyncio.to_thread(own_postgres.start)
+    await asyncio.to_thread(own_server.start)
     await storage.set_state(chat(0), "later")
     assert await storage.get_state(chat(0)) == "later"
     await storage.close()
 
 
 def drop_connections(database: str, who: str = "%") -> int:
+    if database == "mariadb":
+        sql = "SELECT id FROM information_schema.processlist WHERE db = database() AND id <> connection_id()"
+        ids = [row[0] for row in execute(database, sql)]
+        for number in ids:
+            with suppress(OperationalError):  # it went by itself
+                execute(database, f"KILL {number}")
+        return len(ids)
     sql = """SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
              WHERE datname = current_database() AND pid <> pg_backend_pid() AND query LIKE %s"""
     return int(execute(database, sql, [who])[0][0])
 
 
-@ONLY_POSTGRES
+@ON_SERVERS
 async def test_a_dropped_connection_is_replaced_by_the_next_call(
     storage: DjangoStorage, database: str
 ) -> None:
@@ -153,7 +161,7 @@ async def test_a_dropped_connection_is_replaced_by_the_next_call(
     assert await storage.get_data(chat(0)) == {"n": 1}
 
 
-@ONLY_POSTGRES
+@ON_SERVERS
 async def test_connections_that_drop_under_load_fail_no_call(storage: DjangoStorage, database: str) -> None:
     load = Load(storage, 10)
     for _ in range(10):
@@ -215,27 +223,25 @@ async def test_sqlite_locked_for_longer_is_a_clear_error_in_time(make_storage: M
     assert await storage.get_state(chat(0)) == "later"
 
 
-@ONLY_POSTGRES
+@ON_SERVERS
 @pytest.mark.parametrize(
     "hold",
     [
         "SELECT 1 FROM fsm_storage_record WHERE chat_id = 3 FOR UPDATE",
         "UPDATE fsm_storage_record SET data = data WHERE chat_id = 3",
-        "UPDATE fsm_storage_record SET updated_at = now() WHERE chat_id = 3",  # makes a new index entry
+        "UPDATE fsm_storage_record SET updated_at = {now} WHERE chat_id = 3",  # makes a new index entry
     ],
     ids=["locked", "updated", "indexed column updated"],
 )
 async def test_a_row_that_somebody_holds_delays_no_other(
     make_storage: Make, database: str, hold: str
 ) -> None:
-    """On PostgreSQL a locked row is left out of the batch and asked for again."""
+    """A locked row is left out of the batch and asked for again."""
     storage = make_storage(timeout=3.0)
     for n in range(10):
         await storage.set_data(chat(n), {"old": n})
-    settings = connections[database].settings_dict
-    other = await in_thread(
-        psycopg.connect, host=settings["HOST"], user=settings["USER"], dbname=settings["NAME"]
-    )
+    hold = hold.format(now=now_of(database))
+    other = await asyncio.to_thread(OtherSession, database)
     try:
         await in_thread(other.execute, hold)
         stuck = asyncio.create_task(storage.update_data(chat(3), {"new": 3}))
@@ -261,32 +267,32 @@ async def test_a_row_that_somebody_holds_delays_no_other(
     await storage.set_state(chat(3), "later")
 
 
-@ONLY_POSTGRES
+@ON_SERVERS
 async def test_a_deadlock_with_somebody_else_is_survived(storage: DjangoStorage, database: str) -> None:
     """Another session locks the same rows, in the other order, again and again."""
     keys = [chat(n) for n in range(6)]
     await asyncio.gather(*(storage.set_data(key, {}) for key in keys))
     await asyncio.gather(*(storage.set_data(key, {"n": 0}) for key in keys))
     ends = threading.Event()
-    settings = connections[database].settings_dict
 
     rounds = 0
 
     def interfere() -> None:
         nonlocal rounds
-        with psycopg.connect(host=settings["HOST"], user=settings["USER"], dbname=settings["NAME"]) as other:
-            while not ends.is_set():
-                try:
-                    for number in (5, 3, 1, 0):
-                        other.execute(
-                            "UPDATE fsm_storage_record SET updated_at = now() WHERE chat_id = %s", [number]
-                        )
-                        time.sleep(0.001)
-                except psycopg.errors.DeadlockDetected:
-                    pass
-                other.rollback()
-                rounds += 1
-                time.sleep(0.01)
+        other = OtherSession(database)
+        sql = f"UPDATE fsm_storage_record SET updated_at = {now_of(database)} WHERE chat_id = %s"
+        while not ends.is_set():
+            try:
+                for number in (5, 3, 1, 0):
+                    other.execute(sql, [number])
+                    time.sleep(0.001)
+            except Exception as error:
+                if not is_deadlock(error):
+                    raise
+            other.rollback()
+            rounds += 1
+            time.sleep(0.01)
+        other.close()
 
     interfering = asyncio.create_task(asyncio.to_thread(interfere))
     n = 0

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from django.conf import settings
 
 from fsm_storage import DjangoStorage
 from tests.database.conftest import Launcher, wait_for
@@ -90,7 +91,7 @@ def test_a_storage_works_on_both_sides_of_a_fork(database: str, launcher: Launch
     assert lines(notes) == [["before"], ["before", "child"], ["before", "child", "parent"]]
 
 
-@pytest.mark.django_db(transaction=True, databases=["default", "postgres"], available_apps=["fsm_storage"])
+@pytest.mark.django_db(transaction=True, databases=list(settings.DATABASES), available_apps=["fsm_storage"])
 def test_a_process_ends_by_itself_with_storages_left_open() -> None:
     """The worker threads do not keep the interpreter from ending."""
     code = """
@@ -103,7 +104,7 @@ async def main():
 asyncio.run(main())
 """
     run_python(code, timeout=30)
-    for database in ("default", "postgres"):
+    for database in settings.DATABASES:
         assert record(database, chat_id=2).state == "left"
 
 

@@ -19,7 +19,7 @@ from fsm_storage.dialects import Read, Scope, Write, dialect_for
 from fsm_storage.keys import RecordKeyBuilder
 from fsm_storage.models import FSMRecord, FSMTransition
 from fsm_storage.patches import Patch, Ttl
-from tests.rows import execute
+from tests.rows import execute, now_of
 
 ROWS = 5_000
 # SQLite gives the index of a unique constraint a name of its own.
@@ -45,11 +45,7 @@ def filled(database: str) -> Iterator[str]:
     rows = FSMRecord.objects.using(database)
     rows.update(state_expires_at=Now(), data_expires_at=Now())
     rows.filter(state=None).update(state_expires_at=None)
-    hour = "3600"
-    if database == "default":
-        later = f"strftime('%Y-%m-%d %H:%M:%f', 'now', '{hour} seconds')"
-    else:
-        later = f"now() + interval '{hour} seconds'"
+    later = now_of(database, 3600)
     for part in ("state_expires_at", "data_expires_at"):
         with connections[database].cursor() as cursor:
             cursor.execute(
@@ -69,7 +65,8 @@ def filled(database: str) -> Iterator[str]:
             for state in ("a", "b")
         ]
     )
-    execute(database, "ANALYZE")
+    for table in ("fsm_storage_record", "fsm_storage_transition"):
+        execute(database, f"ANALYZE {'TABLE' if database == 'mariadb' else ''} {table}")
     yield database
     connections[database].close()
 
@@ -79,7 +76,12 @@ def flaw(plan: str, index: str, table: str = "fsm_storage_record", *, in_order: 
 
     `in_order`: a walk along the index is what a page of the newest needs.
     """
-    walks = re.search(rf"Seq Scan on {table}\b|SCAN {table}\b" + (r"(?! USING)" if in_order else ""), plan)
+    walks = re.search(
+        rf"Seq Scan on {table}\b|SCAN {table}\b"
+        + (r"(?! USING)" if in_order else "")
+        + rf"|\b({table}|r) (ALL|{'ALL' if in_order else 'index'})\b",  # MariaDB
+        plan,
+    )
     return plan if walks or not re.search(index, plan) else None
 
 
@@ -90,9 +92,9 @@ def questions(database: str) -> dict[str, tuple[QuerySet[Any], str]]:
         "of a chat": (rows.for_chat(77), "fsm_storage_record_chat"),
         "of a user": (rows.for_user(77), "fsm_storage_record_user"),
         "of a key": (rows.with_key(StorageKey(1, 38, 77)), "fsm_storage_record_"),
-        "the newest": (rows.order_by("-updated_at")[:100], "fsm_storage_record_updated"),
+        "the newest": (rows.order_by("-updated_at")[:50], "fsm_storage_record_updated"),
         "the newest, as the admin asks": (
-            rows.order_by(F("updated_at").desc(), "-pk")[:100],
+            rows.order_by(F("updated_at").desc(), "-pk")[:50],
             "fsm_storage_record_updated",
         ),
         "with an expired state": (
@@ -125,6 +127,9 @@ def explained(database: str, sql: str, params: Any) -> str:
 
         cursor: Any = Cursor(connection.connection)
         cursor.execute(f"EXPLAIN {sql}", params)
+    elif connection.vendor == "mysql":
+        rows = execute(database, f"EXPLAIN {sql}", params)
+        return "\n".join(" ".join(map(str, row)) for row in rows)
     else:
         cursor = sqlite3.Cursor(connection.connection)
         cursor.execute(f"EXPLAIN QUERY PLAN {sql}", params)
@@ -156,7 +161,7 @@ def test_no_statement_of_the_storage_walks_through_the_table(filled: str) -> Non
         "sweep data": "fsm_storage_record_data_exp",
     }
     plans = {
-        what: flaw(explained(filled, *statement), index.get(what, BY_KEY))
+        what: flaw(explained(filled, *statement[:2]), index.get(what, BY_KEY))
         for what, statement in statements(filled).items()
     }
     assert {what: plan for what, plan in plans.items() if plan} == {}

@@ -14,16 +14,17 @@ from django.db import connections
 from fsm_storage import DjangoStorage
 from fsm_storage.exceptions import NotMigrated
 from fsm_storage.models import FSMRecord
+from tests.conftest import SKIP_MARIADB
 from tests.database.conftest import another_database
 from tests.rows import execute, in_thread
-from tests.servers import Postgres
+from tests.servers import Mariadb, Postgres
 
 
 def chat(number: int) -> StorageKey:
     return StorageKey(bot_id=1, chat_id=number, user_id=number)
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", "postgres", pytest.param("mariadb", marks=SKIP_MARIADB)])
 def fresh(
     request: pytest.FixtureRequest, tmp_path: Path, django_db_setup: None, django_db_blocker: Any
 ) -> Any:
@@ -33,11 +34,9 @@ def fresh(
             with another_database("fresh", "default", NAME=str(tmp_path / "fresh.sqlite3")) as alias:
                 yield alias
         else:
-            server: Postgres = request.getfixturevalue("own_postgres")
-            with another_database("postgres_", "postgres", HOST=server.host, NAME="postgres") as alias:
-                execute(alias, "DROP DATABASE IF EXISTS fresh")
-                execute(alias, "CREATE DATABASE fresh")
-            with another_database("fresh", "postgres", HOST=server.host, NAME="fresh") as alias:
+            server: Postgres | Mariadb = request.getfixturevalue(f"own_{request.param}")
+            server.create_database("fresh")
+            with another_database("fresh", request.param, HOST=server.host, NAME="fresh") as alias:
                 yield alias
 
 
@@ -98,7 +97,8 @@ async def test_an_additive_migration_fails_no_call(storage: DjangoStorage, datab
     finally:
         goes_on = False
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        await in_thread(execute, database, "DROP INDEX IF EXISTS fsm_storage_extra")
+        of = "ON fsm_storage_record" if database == "mariadb" else ""
+        await in_thread(execute, database, f"DROP INDEX IF EXISTS fsm_storage_extra {of}")
         for table in ("fsm_storage_record", "fsm_storage_transition"):
             await in_thread(execute, database, f"ALTER TABLE {table} DROP COLUMN extra")
     assert outcomes == [None] * 6

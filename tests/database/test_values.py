@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from fsm_storage import DjangoStorage
 from fsm_storage.exceptions import CorruptData, InvalidKey, InvalidKeyType, InvalidState
-from tests.rows import execute, in_thread, record, records
+from tests.rows import data_as_text, execute, in_thread, record, records
 
 Make = Callable[..., DjangoStorage]
 
@@ -301,7 +301,7 @@ BROKEN = {
     "number": "5",
 }
 DEEP = '{"a": ' + "[" * 3000 + "]" * 3000 + "}"
-ONLY_SQLITE_BROKEN = {
+NO_JSON = {
     "no JSON": "{'a': 1}",
     "cut": '{"a": ',
     "empty": "",
@@ -321,21 +321,19 @@ def break_data(database: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("history", ["states", "full"])
-@pytest.mark.parametrize("what", [*BROKEN, *ONLY_SQLITE_BROKEN])
+@pytest.mark.parametrize("what", [*BROKEN, *NO_JSON])
 async def test_broken_data_is_a_clear_error_and_set_data_repairs_it(
     make_storage: Make, database: str, what: str, history: str
 ) -> None:
     storage = make_storage(history=history)
-    if database == "postgres" and what in ONLY_SQLITE_BROKEN:
-        text = BROKEN["list"]  # jsonb lets no such text in
-    else:
-        text = {**BROKEN, **ONLY_SQLITE_BROKEN}[what]
+    # jsonb lets no such text in
+    in_vain = database == "postgres" and what in NO_JSON
+    text = BROKEN["list"] if in_vain else {**BROKEN, **NO_JSON}[what]
     for n in range(6):
         await storage.set_state(chat(n), f"s{n}")
         await storage.set_data(chat(n), {"n": n})
     await in_thread(break_data, database, text)
-    column = "data" if database == "default" else "data::text"
-    sql = f"SELECT {column} FROM fsm_storage_record WHERE chat_id = 3"
+    sql = f"SELECT {data_as_text(database)} FROM fsm_storage_record WHERE chat_id = 3"
     raw = await in_thread(execute, database, sql)
 
     for call in (
@@ -372,8 +370,7 @@ async def test_deep_data_is_read_whole_or_is_a_clear_error(
     await storage.set_state(chat(3), "s3")
     await storage.set_data(chat(3), {"n": 3})
     await in_thread(break_data, database, DEEP)
-    column = "data" if database == "default" else "data::text"
-    sql = f"SELECT {column} FROM fsm_storage_record WHERE chat_id = 3"
+    sql = f"SELECT {data_as_text(database)} FROM fsm_storage_record WHERE chat_id = 3"
     raw = await in_thread(execute, database, sql)
     try:
         assert "a" in await storage.get_data(chat(3))
