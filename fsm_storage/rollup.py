@@ -96,7 +96,8 @@ def span_of(time: timedelta) -> int:
 def number_of(*parts: Any) -> UUID:
     """Return the number of these values: the same in every process, for ever."""
     text = json.dumps(parts, default=datetime.isoformat)
-    return UUID(bytes=blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest())
+    digest = blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+    return UUID(bytes=digest, version=5)  # MariaDB refuses a UUID with a version that there is none of
 
 
 class Count:

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from django.db.models import F
-from django.db.models.functions import Now
 
 from fsm_storage import DjangoStorage
 from fsm_storage.dialects import Claim
 from fsm_storage.exceptions import StorageClosed, StorageTimeout
 from fsm_storage.leases import LeaseKeeper
-from fsm_storage.models import FSMLease
+from fsm_storage.models import FSMLease, UtcNow
 from tests.database.conftest import Statements
 from tests.rows import in_thread
 
@@ -102,7 +101,7 @@ async def test_a_lease_runs_for_its_seconds_by_the_databases_clock(
     storage: DjangoStorage, database: str
 ) -> None:
     await storage.submit(Claim("k", "a", 12.5))
-    left = FSMLease.objects.using(database).annotate(now=Now()).values_list("expires_at", "now")
+    left = FSMLease.objects.using(database).annotate(now=UtcNow()).values_list("expires_at", "now")
     expires_at, now = (await in_thread(list, left))[0]
     assert timedelta(seconds=7) < expires_at - now <= timedelta(seconds=12.6)
 
