@@ -34,8 +34,11 @@ $(VENV)/bin/python:
 		echo 'The venv module of this Python is missing (on Debian: apt-get install python3-venv)' >&2; \
 		rm -rf $(VENV); exit 1; }
 
-$(VENV)/.installed: requirements.txt pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed: requirements.txt requirements-mysql.txt pyproject.toml | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@if pkg-config --exists libmariadb 2>/dev/null || pkg-config --exists mysqlclient 2>/dev/null; then \
+		$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-mysql.txt || \
+		echo 'mysqlclient could not be built, so nothing runs on MariaDB' >&2; fi
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
