@@ -228,12 +228,14 @@ class FSMRecordQuerySet(models.QuerySet["FSMRecord"]):
 
     def clock(self) -> datetime:
         """Return the time by the database's clock. Looks at no record."""
-        now = self.filter(pk__lt=0).aggregate(now=Coalesce(Max(Now()), Now()))["now"]
+        now = self.filter(pk__lt=0).aggregate(now=Coalesce(Max(UtcNow()), UtcNow()))["now"]
         return now if timezone.is_aware(now) else timezone.make_aware(now)
 
     def unleased(self) -> Self:
         """Records on which nobody is at work under a lease."""
-        leases = FSMLease.objects.filter(alias=OuterRef("alias"), key=OuterRef("key"), expires_at__gt=Now())
+        leases = FSMLease.objects.filter(
+            alias=OuterRef("alias"), key=OuterRef("key"), expires_at__gt=UtcNow()
+        )
         return self.filter(~Exists(leases))
 
     def with_clock(self) -> Self:

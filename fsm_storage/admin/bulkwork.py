@@ -12,14 +12,13 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 from django.db import OperationalError, router, transaction
-from django.db.models.functions import Now
 
 from fsm_storage.admin.bulk import ACTIONS, UNDO, Action, Impossible, effective, undoing
 from fsm_storage.admin.forms import Changes
 from fsm_storage.admin.log import logged, noted
 from fsm_storage.conf import storages
 from fsm_storage.exceptions import FSMStorageError, StorageTimeout, StorageUnavailable, VersionConflict
-from fsm_storage.models import FSMBulk, FSMBulkItem, FSMRecord
+from fsm_storage.models import FSMBulk, FSMBulkItem, FSMRecord, UtcNow
 from fsm_storage.patches import KEEP
 from fsm_storage.rights import Rights
 
@@ -84,7 +83,7 @@ def _start(
     name: str, arguments: dict[str, Any], items: list[FSMBulkItem], user: Any, **fields: Any
 ) -> FSMBulk:
     with transaction.atomic(using=router.db_for_write(FSMBulk)):
-        FSMBulk.objects.filter(created_at__lt=Now() - KEPT).delete()
+        FSMBulk.objects.filter(created_at__lt=UtcNow() - KEPT).delete()
         bulk = FSMBulk.objects.create(action=name, arguments=arguments, actor=user.get_username(), **fields)
         for item in items:
             item.bulk = bulk

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from django.db.models.functions import Now
 from django.http import HttpRequest
 
 from fsm_storage.admin.comparing import data_changes
@@ -14,7 +13,7 @@ from fsm_storage.admin.log import noted, told_ttls
 from fsm_storage.admin.presentation import ago, badge, clock_of, expiry
 from fsm_storage.admin.timeline import Cursor, timeline
 from fsm_storage.discovery import declared_states
-from fsm_storage.models import FSMLease, FSMRecord
+from fsm_storage.models import FSMLease, FSMRecord, UtcNow
 from fsm_storage.patches import KEEP
 from fsm_storage.peers import names_of
 from fsm_storage.rights import mask_for
@@ -43,7 +42,7 @@ def facts(request: HttpRequest, record: FSMRecord) -> dict[str, Any]:
         "timeline": timeline(record, mask, before),
         "is_older": before.at is not None,
         "is_leased": FSMLease.objects.filter(
-            alias=record.alias, key=record.key, expires_at__gt=Now()
+            alias=record.alias, key=record.key, expires_at__gt=UtcNow()
         ).exists(),
         "can_see_transitions": request.user.has_perm("fsm_storage.view_fsmtransition"),
     }

@@ -90,8 +90,8 @@ class MySQL:
         return replies
 
     def sweep(self, scope: Scope, limit: int, spared: Spared = NOTHING_SPARED) -> Plan[Sweep]:
-        by_state, by_data = _spared(spared.states), _spared(spared.data)
-        rows = yield Statement(sql.EXPIRED_STATES, (scope.alias, *by_state, limit))
+        is_spared = spared.states is None, spared.states or (None,)
+        rows = yield Statement(sql.EXPIRED_STATES, (scope.alias, *is_spared, limit))
         states = [Expired(*row[:-1]) for row in rows]
         if states:
             if scope.history != "off":
@@ -99,7 +99,7 @@ class MySQL:
                     sql.TRANSITION, [one.transition("state", scope) for one in states], rows[0][-1]
                 )
             yield Statement(sql.CLEAR_STATES, ([one.id for one in states],), is_quiet=True)
-        rows = yield Statement(sql.EXPIRED_DATA, (scope.alias, *by_data, *by_state, limit))
+        rows = yield Statement(sql.EXPIRED_DATA, (scope.alias, spared.data, *is_spared, limit))
         data = [Expired(*row[:-1]) for row in rows]
         lost = [one for one in data if one.data != EMPTY]
         if scope.history == "full" and lost:
@@ -209,10 +209,6 @@ def _rounds(text: str) -> bool:
     outside = outside_strings(text)[::2]
     numbers = (number for piece in outside for number in _INTEGER.findall(piece))
     return any(len(number) > 20 or not -(2**63) <= int(number) < 2**64 for number in numbers)
-
-
-def _spared(states: Sequence[str] | None) -> tuple[bool, list[str | None]]:
-    return states is None, list(states or ()) or [None]
 
 
 dialect = MySQL()

@@ -37,14 +37,14 @@ SELECT id, `key`, bot_id, chat_id, user_id, thread_id, business_connection_id, d
 FROM fsm_storage_record WHERE {part}_expires_at <= {now} AND alias = %s {unless}
 ORDER BY {part}_expires_at LIMIT %s FOR UPDATE SKIP LOCKED
 """
-# The parameters: whether every state is spared, and a list of those that are.
-_IN_SPARED = "(%s OR coalesce(state IN %s, 0))"
-EXPIRED_STATES = _EXPIRED.format(part="state", now=_NOW, unless=f"AND NOT {_IN_SPARED}")
+# Its parameters: whether every state is spared, and a list of those that are.
+_IS_SPARED = "(%s OR coalesce(state IN %s, 0))"
+EXPIRED_STATES = _EXPIRED.format(part="state", now=_NOW, unless=f"AND NOT {_IS_SPARED}")
 EXPIRED_DATA = _EXPIRED.format(
     part="data",
     now=_NOW,
-    unless=f"""AND NOT (CAST(data AS CHAR) <> '{{}}' AND {_IN_SPARED}) AND NOT (coalesce(state_expires_at
-        <= data_expires_at + INTERVAL {TOGETHER} SECOND, 0) AND {_IN_SPARED})""",
+    unless=f"""AND NOT (%s AND CAST(data AS CHAR) <> '{{}}') AND NOT (coalesce(state_expires_at
+        <= data_expires_at + INTERVAL {TOGETHER} SECOND, 0) AND {_IS_SPARED})""",
 )
 CLEAR_STATES = f"""
 UPDATE fsm_storage_record SET state = NULL, state_expires_at = NULL, version = version + 1, updated_at = {_NOW},

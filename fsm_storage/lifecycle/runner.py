@@ -23,7 +23,7 @@ from aiogram.fsm.context import FSMContext
 from aiogram.fsm.storage.base import StorageKey
 from asgiref.sync import sync_to_async
 from django.db.models import TextField
-from django.db.models.functions import Cast, Now
+from django.db.models.functions import Cast
 
 from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.dialects import TOGETHER
@@ -31,7 +31,7 @@ from fsm_storage.exceptions import CorruptData, FSMStorageError, VersionConflict
 from fsm_storage.leases import Lease, LeaseKeeper
 from fsm_storage.lifecycle.handlers import Expired, Part
 from fsm_storage.lifecycle.sweeper import Sweeper
-from fsm_storage.models import FSMRecord, FSMRecordQuerySet
+from fsm_storage.models import FSMRecord, FSMRecordQuerySet, UtcNow
 from fsm_storage.patches import EMPTY
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ class Runner:
         pauses = [self._expiry.interval]
         for part, records in self._handled():
             at = f"{part}_expires_at"
-            coming = records.filter(**{f"{at}__gt": Now()}).order_by(at).with_clock()
+            coming = records.filter(**{f"{at}__gt": UtcNow()}).order_by(at).with_clock()
             row = coming.values_list(at, "read_at").first()
             if row is not None:
                 pauses.append((row[0] - row[1]).total_seconds() + 0.001)

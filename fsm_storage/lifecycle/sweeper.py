@@ -8,11 +8,10 @@ from datetime import timedelta
 from typing import NamedTuple
 
 from django.db.models import F, Q
-from django.db.models.functions import Now
 
 from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.dialects import NOTHING_SPARED, TOGETHER
-from fsm_storage.models import FSMRecord, FSMRecordQuerySet, FSMTransition, FSMTransitionQuerySet
+from fsm_storage.models import FSMRecord, FSMRecordQuerySet, FSMTransition, FSMTransitionQuerySet, UtcNow
 from fsm_storage.rollup import Roller
 
 
@@ -92,7 +91,7 @@ class Sweeper:
                 return
             batch = Q(pk__gte=ids[0], pk__lte=ids[-1])
             deleted, _ = self._older(keep).filter(batch).delete()
-            if not deleted and not rows.filter(batch, at__lt=Now() - keep).exists():
+            if not deleted and not rows.filter(batch, at__lt=UtcNow() - keep).exists():
                 return
             total, last = total + Swept(transitions=deleted), ids[-1]
             yield total
@@ -103,16 +102,16 @@ class Sweeper:
 
     def _older(self, keep: timedelta) -> FSMTransitionQuerySet:
         rows = FSMTransition.objects.using(self.storage.database)
-        return rows.filter(alias=self.storage.alias, at__lt=Now() - keep)
+        return rows.filter(alias=self.storage.alias, at__lt=UtcNow() - keep)
 
     def _waits(self) -> tuple[Q, Q]:
         """Return which expired states, and which expired data, are left to handlers."""
         spared = self.storage.expiry.spared() if self.storage.expiry else NOTHING_SPARED
         is_spared = Q() if spared.states is None else Q(state__in=spared.states)
         together = Q(state_expires_at__lte=F("data_expires_at") + timedelta(seconds=TOGETHER)) & is_spared
-        data_has_expired = Q(data_expires_at__lte=Now()) & ~Q(data={})
+        data_has_expired = Q(data_expires_at__lte=UtcNow()) & ~Q(data={})
         return (
-            Q(state_expires_at__lte=Now()) & is_spared,
+            Q(state_expires_at__lte=UtcNow()) & is_spared,
             data_has_expired if spared.data else data_has_expired & together,
         )
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 from aiogram.fsm.storage.base import StorageKey
+from django.apps import apps
 from django.core.management import call_command
 from django.db import connections
 
 from fsm_storage import DjangoStorage
 from fsm_storage.exceptions import NotMigrated
 from fsm_storage.models import FSMRecord
-from tests.conftest import SKIP_MARIADB
+from tests.conftest import MARIADB, SKIP_MARIADB
 from tests.database.conftest import another_database
 from tests.rows import execute, in_thread
 from tests.servers import Mariadb, Postgres
@@ -128,3 +129,39 @@ def test_there_is_one_record_for_an_alias_and_a_key(database: str) -> None:
     FSMRecord.objects.using(database).create(**values)
     with pytest.raises(IntegrityError), transaction.atomic(using=database):
         FSMRecord.objects.using(database).create(**values)
+
+
+@pytest.mark.parametrize("database", [MARIADB], indirect=True)
+class TestColumnsOnMariaDB:
+    """What `migrations/0007_mariadb` does has to be done for each table and column that comes later."""
+
+    def test_texts_that_differ_in_a_byte_differ(self, database: str) -> None:
+        sql = """SELECT table_name, column_name, collation_name FROM information_schema.columns
+            WHERE table_schema = database() AND table_name LIKE 'fsm_storage%'
+            AND table_name <> 'fsm_storage_peer' AND collation_name NOT IN ('utf8mb4_nopad_bin', 'utf8mb4_bin')"""
+        assert execute(database, sql) == ()
+
+    def test_all_characters_of_names_are_kept(self, database: str) -> None:
+        sql = """SELECT table_name, column_name FROM information_schema.columns
+            WHERE table_schema = database() AND table_name LIKE 'fsm_storage%' AND character_set_name <> 'utf8mb4'"""
+        assert execute(database, sql) == ()
+
+    def test_instants_are_in_utc_by_default(self, database: str) -> None:
+        sql = """SELECT table_name, column_name FROM information_schema.columns
+            WHERE table_schema = database() AND table_name LIKE 'fsm_storage%' AND column_default LIKE 'current%'"""
+        assert execute(database, sql) == ()
+
+    def test_deep_data_is_not_refused(self, database: str) -> None:
+        sql = """SELECT table_name, constraint_name FROM information_schema.check_constraints
+            WHERE constraint_schema = database() AND constraint_name IN ('data', 'data_before', 'data_after', 'before')
+            AND table_name LIKE 'fsm_storage%'"""
+        assert execute(database, sql) == ()
+
+    def test_every_index_of_a_model_is_there(self, database: str) -> None:
+        connection = connections[database]
+        missing = []
+        for model in apps.get_app_config("fsm_storage").get_models():
+            with connection.cursor() as cursor:
+                found = connection.introspection.get_constraints(cursor, model._meta.db_table)
+            missing += [index.name for index in model._meta.indexes if index.name not in found]
+        assert missing == []

@@ -2,7 +2,10 @@
 
 from django.db import migrations, models
 
-EXACT = ["fsmrecord", "fsmtransition", "fsmlease", "fsmhourlymove", "fsmhourlypath", "fsmrun", "fsmrollupmark"]
+EXACT = [
+    "fsmrecord", "fsmtransition", "fsmlease", "fsmhourlymove", "fsmhourlypath", "fsmrun", "fsmrollupmark",
+    "fsmbulk", "fsmbulkitem",
+]
 INDEXES = {
     "fsm_storage_record_updated": ["updated_at"],  # walked backwards, which the admin's order by id needs too
     "fsm_storage_record_state": ["state"],
@@ -14,12 +17,14 @@ CLOCKS = [
     ("fsm_storage_record", "updated_at"),
     ("fsm_storage_transition", "at"),
     ("fsm_storage_peer", "updated_at"),
+    ("fsm_storage_bulk", "created_at"),
 ]
 # json_valid(), which checks a JSON column, gives up at 32 levels of nesting.
 DEEP = [
     ("fsm_storage_record", "data", "NOT NULL"),
     ("fsm_storage_transition", "data_before", "NULL"),
     ("fsm_storage_transition", "data_after", "NULL"),
+    ("fsm_storage_bulk_item", "before", "NULL"),
 ]
 
 
@@ -42,7 +47,7 @@ def prepare(apps, schema_editor):
     if connection.mysql_is_mariadb:
         for table, column, null in DEEP:
             schema_editor.execute(
-                f"ALTER TABLE {table} MODIFY {column} longtext CHARACTER SET utf8mb4 COLLATE {collation} {null}"
+                f"ALTER TABLE {table} MODIFY `{column}` longtext CHARACTER SET utf8mb4 COLLATE {collation} {null}"
             )
     # Django's Now() is the time of the session's zone there.
     for table, column in CLOCKS:
@@ -63,7 +68,7 @@ def _add_indexes(model, schema_editor):
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('fsm_storage', '0004_permissions'),
+        ('fsm_storage', '0006_names'),
     ]
 
     operations = [
