@@ -28,6 +28,7 @@ from fsm_storage.dialects import (
     WriteReply,
 )
 from fsm_storage.dialects import mysql_leases as leases
+from fsm_storage.dialects import mysql_peers as peers
 from fsm_storage.dialects import mysql_sql as sql
 from fsm_storage.dialects.rows import Expired, Row, Work, lapsed_of
 from fsm_storage.patches import EMPTY, Content
@@ -54,6 +55,7 @@ class MySQL:
     joins = True
     claim = staticmethod(leases.claim)
     sweep_leases = staticmethod(leases.sweep)
+    name = staticmethod(peers.name)
 
     def read(self, reads: Sequence[Read], scope: Scope) -> Plan[list[ReadReply]]:
         found: dict[bool, dict[str, Any]] = {}
