@@ -12,7 +12,6 @@ from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
 
-import psycopg
 import pytest
 from aiogram import Bot, Dispatcher, F, Router
 from aiogram.exceptions import TelegramMigrateToChat
@@ -27,7 +26,7 @@ from fsm_storage import DjangoStorage, signals
 from fsm_storage.chats import FollowMovedChats, MoveChats
 from fsm_storage.exceptions import StorageUnavailable
 from fsm_storage.models import FSMRecord, FSMTransition
-from tests.rows import execute, in_thread, let_time_pass, record, transitions
+from tests.rows import OtherSession, execute, in_thread, let_time_pass, record, transitions
 
 Make = Callable[..., DjangoStorage]
 OLD, NEW = -100, -100_000_500
@@ -247,7 +246,7 @@ def locked(database: str) -> Iterator[None]:
         other: Any = sqlite3.connect(facts["NAME"], isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
     else:
-        other = psycopg.connect(host=facts["HOST"], user=facts["USER"], dbname=facts["NAME"])
+        other = OtherSession(database)
         other.execute("SELECT 1 FROM fsm_storage_record FOR UPDATE")
     try:
         yield

@@ -21,6 +21,7 @@ from fsm_storage import DjangoStorage, chats
 from fsm_storage.chats import KeepNames
 from fsm_storage.dialects import Naming
 from fsm_storage.models import FSMPeer
+from tests.conftest import POSTGRES, SQLITE
 from tests.database.conftest import Statements
 from tests.rows import execute, in_thread
 
@@ -84,7 +85,8 @@ async def test_nothing_is_written_while_nothing_changes(
     bots = Bots(storage)
     await bots.feed(update(ANNA, OFFICE))
     seen = [sql for sql in statements.seen if "fsm_storage_peer" in sql]
-    assert len(seen) in (1, 2)  # the chat and the user: one batch, or two
+    each = 2 if database == "mariadb" else 1
+    assert len(seen) in (each, 2 * each)  # the chat and the user: one batch, or two
     await bots.feed(*[update(ANNA, OFFICE)] * 20)
     assert [sql for sql in statements.seen if "fsm_storage_peer" in sql] == seen
     assert bots.handled == 21
@@ -102,7 +104,9 @@ async def test_another_process_finds_that_it_is_known(storage: DjangoStorage, da
     assert await storage.submit(Naming(1, "Анна", "anna_i")) is True
 
 
-async def test_many_names_share_a_statement(statements: Statements, storage: DjangoStorage) -> None:
+async def test_many_names_share_a_statement(
+    statements: Statements, storage: DjangoStorage, database: str
+) -> None:
     await storage.get_state(chats_key())
     updates = [update(User(id=n, is_bot=False, first_name=f"n{n}")) for n in range(1, 101)]
     bots = Bots(storage)
@@ -117,7 +121,9 @@ async def test_many_names_share_a_statement(statements: Statements, storage: Dja
             await bots.names(_nothing, one, {"fsm_storage": storage, "event_context": context})
     await first
     await bots.settled()
-    assert len([sql for sql in statements.seen if "fsm_storage_peer" in sql]) == 1
+    assert len([sql for sql in statements.seen if "fsm_storage_peer" in sql]) == (
+        2 if database == "mariadb" else 1
+    )
 
 
 async def _nothing(event: Any, data: Any) -> None:
@@ -241,7 +247,9 @@ def test_people_are_found_by_how_their_names_begin(database: str, text: str, ids
     assert set(FSMPeer.objects.using(database).called(text).values_list("peer_id", flat=True)) == ids
 
 
+@pytest.mark.parametrize("database", [SQLITE, POSTGRES], indirect=True)
 def test_the_search_uses_the_indexes(database: str) -> None:
+    """MariaDB walks through the names: Django asks for a beginning by LIKE BINARY, which no index there answers."""
     fill(database, 5000)
     execute(database, "ANALYZE")
     plan = FSMPeer.objects.using(database).called("n77").explain()

@@ -28,9 +28,10 @@ from fsm_storage.exceptions import (
 )
 from fsm_storage.models import FSMRecord, FSMTransition
 from fsm_storage.operations import RenameDataKey, RenameState, RenameStatesGroup, TransformData
+from tests.conftest import POSTGRES, SQLITE
 from tests.database.conftest import Launcher, wait_for
 from tests.database.writers import key_of
-from tests.rows import execute, let_time_pass, record, records, transitions
+from tests.rows import data_as_text, execute, let_time_pass, record, records, transitions
 
 Make = Callable[..., DjangoStorage]
 Migrate = Callable[..., None]
@@ -304,6 +305,7 @@ def test_a_function_that_raises_names_the_conversation_and_stops(
     assert all("first" in content for chat, content in data(database).items() if chat != 4)
 
 
+@pytest.mark.parametrize("database", [SQLITE, POSTGRES], indirect=True)
 def test_an_atomic_migration_that_fails_leaves_nothing(
     storage: DjangoStorage, database: str, migrate: Migrate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,7 +348,7 @@ def test_unreadable_data_is_left_and_named(
     with caplog.at_level(logging.WARNING):
         RenameDataKey("phone", "tel").apply(database)
         TransformData(lambda content: {**content, "seen": True}).apply(database)
-    found = execute(database, "SELECT CAST(data AS text) FROM fsm_storage_record ORDER BY chat_id")
+    found = execute(database, f"SELECT {data_as_text(database)} FROM fsm_storage_record ORDER BY chat_id")
     assert [bool("seen" in text and "tel" in text) for (text,) in found] == [True, False, True]
     assert found[1][0] == broken
     assert "1:1:1" in caplog.text
