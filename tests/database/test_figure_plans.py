@@ -119,7 +119,10 @@ def test_what_the_index_answers_is_what_was_asked(
 ) -> None:
     records = FSMRecord.objects.using(database)
     records.create(alias="a", key="1", bot_id=1, chat_id=1, user_id=1, version=1, data=data)
-    if database == "mariadb" and data == {"a": 1.0}:  # which compares a number by the way it is written
+    if database == "mariadb" and (data, text) == (
+        {"a": 1.0},
+        "a=1",
+    ):  # which compares a number by the way it is written
         is_found = False
     assert search(records, text).exists() == is_found
 
