@@ -7,9 +7,9 @@ PYTEST_ARGS ?=
 
 .PHONY: demo test bench lint clean
 
-# The example project with a bot, talking people and the admin, on this machine alone.
+# The example project with a bot, talking people and the admin, on this machine alone; `make demo REDIS=1` with Redis.
 demo: $(VENV)/.installed
-	$(RUN) -m project.demo
+	$(RUN) -m project.demo $(if $(REDIS),--redis)
 
 test: $(VENV)/.installed
 	$(RUN) -m pytest $(PYTEST_ARGS)

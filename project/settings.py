@@ -3,6 +3,9 @@
 import os
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
+
+from fsm_storage import DefaultKeyBuilder
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
@@ -64,7 +67,7 @@ DATABASES = {
     },
 }
 
-FSM_STORAGES = {
+FSM_STORAGES: dict[str, dict[str, Any]] = {
     "default": {
         "BACKEND": "fsm_storage.DjangoStorage",
         "OPTIONS": {
@@ -74,6 +77,16 @@ FSM_STORAGES = {
         },
     },
 }
+
+# With REDIS_URL the conversations are in Redis, and mirrored into the database.
+if REDIS_URL := os.environ.get("REDIS_URL"):
+    FSM_STORAGES["default"]["BACKEND"] = "fsm_storage.RedisStorage"
+    FSM_STORAGES["default"]["OPTIONS"] |= {
+        "url": REDIS_URL,
+        "key_builder": DefaultKeyBuilder(
+            with_bot_id=True, with_business_connection_id=True, with_destiny=True
+        ),
+    }
 
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 STATIC_URL = "static/"
