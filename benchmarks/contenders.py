@@ -33,11 +33,11 @@ class Contender:
 _WAL = "WAL, synchronous=NORMAL, immediate transactions, as in project/settings.py"
 _SERVER = "fsync and synchronous_commit on, unix socket"
 
+_REDIS = "hiredis, TCP on loopback, persistence off"
+
 _ALL = [
     Contender("memory", "aiogram MemoryStorage", "in the process, nothing is kept"),
-    Contender(
-        "redis", "aiogram RedisStorage", "as `from_url` makes it, hiredis, TCP on loopback, persistence off"
-    ),
+    Contender("redis", "aiogram RedisStorage", f"as `from_url` makes it, {_REDIS}"),
     Contender(
         "aiogram-sqlite",
         "aiogram-sqlite-storage",
@@ -66,6 +66,13 @@ _ALL = [
     ),
     Contender("ours-postgres-off", "DjangoStorage, PostgreSQL, history off", _SERVER, is_ours=True),
     Contender("ours-postgres-states", "DjangoStorage, PostgreSQL, history states", _SERVER, is_ours=True),
+    Contender("ours-redis-alone", "RedisStorage, no mirror", _REDIS, is_ours=True),
+    Contender(
+        "ours-redis-mirrored",
+        "RedisStorage, mirrored",
+        f"each write with its outbox entry; {_REDIS}",
+        is_ours=True,
+    ),
 ]
 
 CONTENDERS = {contender.name: contender for contender in _ALL}

@@ -88,6 +88,12 @@ GOALS = [
         _statement("ours-postgres-states", "set_ratio"),
         at_most=True,
     ),
+    Goal("Redis, C=1, no mirror", 0.95, 1.2, _REDIS, _to_redis("ours-redis-alone", 1)),
+    Goal("Redis, C=1, mirrored", 0.95, 1, _REDIS, _to_redis("ours-redis-mirrored", 1)),
+    Goal("Redis, C=64, no mirror", 4, 5, _REDIS, _to_redis("ours-redis-alone", 64)),
+    Goal("Redis, C=64, mirrored", 2.5, 3.5, _REDIS, _to_redis("ours-redis-mirrored", 64)),
+    Goal("Redis, C=512, no mirror", 6, 7, _REDIS, _to_redis("ours-redis-alone", 512)),
+    Goal("Redis, C=512, mirrored", 4, 5, _REDIS, _to_redis("ours-redis-mirrored", 512)),
     Goal("a Dispatcher, C=64, SQLite", 0.9, 0.97, _MEMORY, _dispatcher("ours-sqlite-states")),
     Goal("a Dispatcher, C=64, PostgreSQL", 0.9, 0.97, _MEMORY, _dispatcher("ours-postgres-states")),
 ]

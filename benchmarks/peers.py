@@ -77,7 +77,11 @@ def _make(name: str, places: Places) -> BaseStorage:
     if family == "orm":
         return OrmStorage(_DATABASES[rest])
     from fsm_storage import DjangoStorage
+    from fsm_storage import RedisStorage as OurRedisStorage
 
+    if rest.startswith("redis"):
+        # The outbox is flushed with the rest before each cell; in a second it stays far below its limit.
+        return OurRedisStorage.from_url(places.redis, mirror=rest == "redis-mirrored")
     database, history = rest.split("-")[:2]
     return DjangoStorage(database=_DATABASES[database], history=history)
 

@@ -13,7 +13,7 @@ from benchmarks.results import Results, Spread
 Row = Sequence[str]
 Facts = Sequence[tuple[str, str]]
 
-_GOAL_HEADER = ("DjangoStorage", "beside", "must", "goal", "measured", "reached")
+_GOAL_HEADER = ("this package", "beside", "must", "goal", "measured", "reached")
 _HANDLER_HEADER = ("Storage", "operations/s", "least–greatest", "to RedisStorage", "CPU µs/op", "remarks")
 _STATEMENT_HEADER = ("", "get, µs", "bare get, µs", "set, µs", "bare set, µs")
 _DISPATCHER_HEADER = ("Storage", "C", "updates/s", "least–greatest", "to MemoryStorage", "CPU µs/update")

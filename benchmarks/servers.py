@@ -87,7 +87,7 @@ class Tables:
             Path(f"{self._places.sqlite}{suffix}").unlink(missing_ok=True)
         if contender.startswith(("ours", "orm")):
             shutil.copy(self._template, self._places.sqlite)
-        if contender == "redis":
+        if "redis" in contender:
             self._flush_redis()
         if "postgres" in contender:
             self._truncate_postgres()

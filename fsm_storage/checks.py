@@ -42,7 +42,7 @@ def _check_alias(alias: str) -> list[CheckMessage]:
     except InvalidStorageError as error:
         missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
         if missing and missing.partition(".")[0] == "redis":
-            hint = "pip install 'fsm-storage[redis]'"
+            hint = "pip install 'fsm_storage[redis]'"
             return [Error(f"FSM_STORAGES[{alias!r}] needs redis-py.", hint=hint, id="fsm_storage.E030")]
         code = "E002" if isinstance(error.__cause__, ImportError) else "E001"
         return [Error(str(error), hint=f"For example FSM_STORAGES = {_EXAMPLE}", id=f"fsm_storage.{code}")]
