@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from django.conf import settings
 from django.db import InterfaceError, OperationalError, connections, transaction
@@ -15,7 +16,7 @@ from django.utils import timezone
 
 from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.codec import Codec
-from fsm_storage.dialects import Write, Written
+from fsm_storage.dialects import Write, Written, dialect_for
 from fsm_storage.exceptions import (
     FSMStorageError,
     InvalidData,
@@ -30,9 +31,12 @@ BATCH = 500
 BATCH_LENGTH = 8 * 1024 * 1024
 """Characters of data in a batch at the most, but for its last."""
 TRIES = 5
+LOCK_WAIT = 5.0
+"""Seconds for a row that another transaction holds."""
 TOLERANCE = timedelta(seconds=1)
 """What is kept relative to a server's clock comes a little different at each reading."""
 
+T = TypeVar("T")
 Report = Callable[[str, str], None]
 Choose = Callable[[str | None], DjangoStorage]
 
@@ -132,7 +136,8 @@ class Importer:
         counts = Counts()
         # The history first: the timeline goes by ids, and the import comes after what it brings.
         for storage in {id(storage): storage for storage, _ in steps}.values():
-            counts += self._add_steps(storage, [step for owner, step in steps if owner is storage])
+            some = [step for owner, step in steps if owner is storage]
+            counts += _persistently(storage, partial(self._add_steps, storage, some))
         for storage in {id(entry.storage): entry.storage for entry in batch}.values():
             counts += self._settle(storage, [entry for entry in batch if entry.storage is storage])
         return counts
@@ -140,19 +145,14 @@ class Importer:
     def _settle(self, storage: DjangoStorage, entries: list[_Entry]) -> Counts:
         """Write what is to be written, and look again where the bot was faster."""
         counts = Counts()
-        for attempt in range(TRIES):
+        for _ in range(TRIES):
             try:
-                counts, entries = self._attempt(storage, entries, counts)
+                counts, entries = _persistently(storage, partial(self._attempt, storage, entries, counts))
             except InvalidData as error:
                 if len(entries) > 1:
                     return sum((self._settle(storage, [entry]) for entry in entries), counts)
                 self._refuse(entries[0].place, str(error))
                 return counts + Counts(refused=1)
-            except (StorageUnavailable, OperationalError, InterfaceError):
-                if attempt == TRIES - 1:
-                    raise
-                connections[storage.database].close_if_unusable_or_obsolete()
-                time.sleep(0.1 * 2**attempt)
             if not entries:
                 return counts
         for entry in entries:
@@ -187,20 +187,20 @@ class Importer:
         if record is None:
             return "same" if new.state is None and not new.data else "written"
         old = _conversation(record)
-        if self._is_same(new, old.live_at(now), entry.key):
+        if self._is_same(entry, new, old.live_at(now)):
             return "same"
         is_newer = (
             new.updated_at is not None and old.updated_at is not None and new.updated_at > old.updated_at
         )
         return "written" if self._overwrite or is_newer else "skipped"
 
-    def _is_same(self, new: Conversation, old: Conversation, key: str) -> bool:
+    def _is_same(self, entry: _Entry, new: Conversation, old: Conversation) -> bool:
         if new.state != old.state or not _close(new.state_expires_at, old.state_expires_at):
             return False
         if not _close(new.data_expires_at, old.data_expires_at):
             return False
         try:  # as text, because for Python 1 and True are the same
-            return self._codec.encode(new.data, key) == self._codec.encode(old.data, key)
+            return (entry.text if new.data else EMPTY) == self._codec.encode(old.data, entry.key)
         except (TypeError, ValueError):  # what is stored is unreadable
             return False
 
@@ -239,6 +239,17 @@ class Importer:
         if not self._dry_run:
             transitions.bulk_create(new)
         return Counts(transitions=len(new))
+
+
+def _persistently(storage: DjangoStorage, work: Callable[[], T]) -> T:
+    """Do `work`, which is one transaction, again on a new connection if the database loses or refuses it."""
+    for attempt in range(TRIES - 1):
+        try:
+            return work()
+        except (StorageUnavailable, OperationalError, InterfaceError):
+            connections[storage.database].close_if_unusable_or_obsolete()
+            time.sleep(0.1 * 2**attempt)
+    return work()
 
 
 def _write(entry: _Entry, record: FSMRecord | None, now: datetime) -> Write:
@@ -287,10 +298,18 @@ def _stored(at: datetime) -> datetime:
 
 @contextmanager
 def _writing(database: str) -> Iterator[None]:
-    """A transaction that has the right to write from its beginning, also where SQLite would only read at first."""
+    """A transaction that has the right to write from its beginning, also where SQLite would only read at first.
+
+    It waits for a locked row for a limited time.
+    """
+    connection = connections[database]
     with transaction.atomic(using=database):
-        if not connections[database].features.has_select_for_update:
+        if not connection.features.has_select_for_update:
             FSMRecord.objects.using(database).filter(pk__lt=0).update(version=0)
+        dialect = dialect_for(connection.vendor)
+        with connection.cursor() as cursor:
+            for sql in dialect.lock_limits(LOCK_WAIT) if dialect else ():
+                cursor.execute(sql)
         yield
 
 

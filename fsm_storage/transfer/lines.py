@@ -20,6 +20,7 @@ from fsm_storage.models import FSMRecord, FSMTransition
 from fsm_storage.transfer import Conversation, Found, Refused, Step
 
 FORMAT = 1
+BEGINNING = b'{"format": 1, "type": "'
 PAGE = 200
 MAX_LINE = 32 * 1024 * 1024
 """Bytes. Data may take 4 Mi characters, a character up to six bytes, and a transition has two of them."""
@@ -105,7 +106,10 @@ def read_line(line: str | bytes) -> Conversation | Step:
 
 def last_id(line: str | bytes) -> tuple[str, int]:
     """Return type and id of a line that `fsm_export` wrote: where to go on. Raises `ValueError`."""
-    values = json.loads(line)
+    try:
+        values = json.loads(line)
+    except ValueError:
+        values = None
     if not isinstance(values, dict) or values.get("format") != FORMAT or type(values.get("id")) is not int:
         raise ValueError(f"no line of an export of format {FORMAT}")
     return str(values.get("type")), values["id"]

@@ -12,9 +12,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from aiogram.fsm.storage.base import StorageKey
-from django.db import Error
+from django.db import Error, connections
 from django.db.models import F
 from django.db.models.functions import Now
 
@@ -298,11 +299,13 @@ def test_an_export_that_was_broken_off_goes_on(
 
 def test_an_export_never_overwrites(storage: DjangoStorage, database: str, run: Run, tmp_path: Path) -> None:
     file = tmp_path / "precious.txt"
-    file.write_text("precious\n")
+    for precious in ("precious", '{"precious": 1}\n', "precious\n"):
+        file.write_text(precious)
+        said = run("fsm_export", "--alias", database, "--output", file, "--resume")
+        assert (said.code, "cannot be resumed" in said.err) == (1, True)
+        assert file.read_text() == precious
     said = run("fsm_export", "--alias", database, "--output", file)
     assert (said.code, "is there already; --resume goes on with it" in said.err) == (1, True)
-    said = run("fsm_export", "--alias", database, "--output", file, "--resume")
-    assert (said.code, "cannot be resumed" in said.err) == (1, True)
     assert file.read_text() == "precious\n"
     assert run("fsm_export", "--resume").code == 2
     assert run("fsm_export", "--history", "--state", "a").code == 2
@@ -365,6 +368,26 @@ def test_a_connection_that_is_cut_in_mid_batch_costs_nothing(
         *_, (_, counts) = Importer(lambda alias: storage, lambda *_: None).run(read_lines(source))
     assert (counts.written, counts.same, counts.refused, cut) == (3, 0, 0, 2)
     assert len(records("postgres")) == 3
+
+
+@pytest.mark.django_db(transaction=True, databases=["postgres"], available_apps=["fsm_storage"])
+def test_a_row_that_stays_locked_ends_the_import_with_its_place(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fsm_storage.transfer.importer.LOCK_WAIT", 0.1)
+    write(DjangoStorage(alias="postgres", database="postgres"), KEYS[0], "mine", {})
+    age("postgres", 100)
+    file = tmp_path / "all.jsonl"
+    now = FSMRecord.objects.using("postgres").clock().isoformat()
+    others = "".join(line(chat_id=100 + number, updated_at=now) for number in range(500))
+    file.write_text(others + line(state="theirs", updated_at=now))
+    settings = connections["postgres"].settings_dict
+    with psycopg.connect(host=settings["HOST"], user=settings["USER"], dbname=settings["NAME"]) as other:
+        other.execute("SELECT FROM fsm_storage_record FOR UPDATE")
+        said = run("fsm_import", file, "--alias", "postgres")
+        assert said.code == 1
+        assert "stopped behind line 500: database 'postgres' failed" in said.err
+    assert run("fsm_import", file, "--alias", "postgres", "--json").json["written"] == 1
 
 
 def test_an_import_that_is_killed_goes_on(

@@ -11,7 +11,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from fsm_storage.management import selection
 from fsm_storage.management.output import Progress, as_json, errors
 from fsm_storage.models import FSMTransition
-from fsm_storage.transfer.lines import MAX_LINE, conversation_lines, last_id, transition_lines
+from fsm_storage.transfer.lines import BEGINNING, MAX_LINE, conversation_lines, last_id, transition_lines
 
 KINDS = ("transition", "conversation")
 HISTORY_FILTERS = ("bot", "chat", "user")
@@ -111,24 +111,24 @@ def _opened(path: Path, *, resume: bool) -> tuple[BinaryIO, _Start]:
         raise CommandError(f"{path} is there already; --resume goes on with it") from None
     except OSError as error:
         raise CommandError(f"{path}: {error.strerror}") from error
-    line = _cut_to_last_line(file)
-    if not line:
-        return file, _Start()
     try:
-        kind, row = last_id(line)
+        end, start = _place_to_go_on(file)
     except ValueError as error:
         file.close()
-        raise CommandError(f"{path} cannot be resumed: its last line is {error}") from error
-    return file, _Start(kind, row)
-
-
-def _cut_to_last_line(file: BinaryIO) -> bytes:
-    """Cut off a line that has no end, leave the file at its end, and return the last line that is whole."""
-    size = file.seek(0, os.SEEK_END)
-    start = max(0, size - 2 * MAX_LINE)
-    file.seek(start)
-    tail = file.read()
-    whole = tail[: tail.rfind(b"\n") + 1]
-    file.seek(start + len(whole))
+        raise CommandError(f"{path} cannot be resumed: it ends in {error}") from error
+    file.seek(end)
     file.truncate()
-    return whole[whole.rfind(b"\n", 0, len(whole) - 1) + 1 :]
+    return file, start
+
+
+def _place_to_go_on(file: BinaryIO) -> tuple[int, _Start]:
+    """Return where the last whole line ends, and the row of it. Raises `ValueError` for a file of another kind."""
+    first = max(0, file.seek(0, os.SEEK_END) - 2 * MAX_LINE)
+    file.seek(first)
+    tail = file.read()
+    end = tail.rfind(b"\n") + 1
+    if end:
+        return first + end, _Start(*last_id(tail[tail.rfind(b"\n", 0, end - 1) + 1 : end]))
+    if first or not tail.startswith(BEGINNING[: len(tail)]):
+        raise ValueError("no line of an export")
+    return 0, _Start()
