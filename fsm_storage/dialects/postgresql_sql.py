@@ -124,28 +124,35 @@ SELECT n.key, n.version, d.version, n.is_lost, n.is_stale, n.is_corrupt, n.is_no
 FROM new n LEFT JOIN done d ON d.key = n.key{old_too}
 """
 # What was there before, for those who listen to the signals.
-_TOLD = """,
+_DATA_EXPIRED = (
+    "n.touches_data AND coalesce(o.data_expires_at <= statement_timestamp() AND o.data <> '{}', false)"
+)
+_TOLD = f""",
     n.live_state, CASE WHEN n.touches_state THEN n.new_state ELSE n.live_state END,
-    n.touches_data AND coalesce(n.live_data, '{}') <> n.new_data,
+    n.touches_data AND coalesce(n.live_data, '{{}}') <> n.new_data,
     n.raw_state, n.touches_state AND n.raw_state IS NOT NULL AND n.live_state IS NULL, n.state_expires_at,
-    n.touches_data AND coalesce(o.data_expires_at <= statement_timestamp() AND o.data <> '{}', false), n.data_expires_at
+    {_DATA_EXPIRED}, n.data_expires_at
 """
 _HISTORY = """, history AS (
     INSERT INTO fsm_storage_transition (alias, key, bot_id, chat_id, user_id, from_state, to_state, at,
         source, actor, data_before, data_after)
     SELECT %(alias)s, n.key, n.bot_id, n.chat_id, n.user_id, t.from_state, t.to_state, t.at,
         t.source, t.actor, t.data_before, t.data_after
-    FROM new n JOIN done d ON d.key = n.key CROSS JOIN LATERAL (
+    FROM new n JOIN done d ON d.key = n.key{old_too} CROSS JOIN LATERAL (
         SELECT 0 AS place, n.raw_state AS from_state, NULL AS to_state, n.state_expires_at AS at,
             'expiry' AS source, '' AS actor, {unchanged} AS data_before, {unchanged} AS data_after
         WHERE n.touches_state AND n.raw_state IS NOT NULL AND n.live_state IS NULL
-        UNION ALL
-        SELECT 1, n.live_state, CASE WHEN n.touches_state THEN n.new_state ELSE n.live_state END,
+        {data_expired}UNION ALL
+        SELECT 2, n.live_state, CASE WHEN n.touches_state THEN n.new_state ELSE n.live_state END,
             statement_timestamp(), %(source)s, %(actor)s, {before}, {after}
         WHERE (n.touches_state AND n.live_state IS DISTINCT FROM n.new_state){or_data}
     ) t
     ORDER BY n.key, t.place
 )"""
+_NOTE_DATA_EXPIRED = f"""UNION ALL
+        SELECT 1, n.live_state, n.live_state, n.data_expires_at, 'expiry', '', o.data, '{{}}' WHERE {_DATA_EXPIRED}
+        """
+_OLD_TOO = " LEFT JOIN old o ON o.key = n.key"
 _BEFORE = "coalesce(n.live_data, '{}')"
 _AFTER = f"CASE WHEN n.touches_data THEN n.new_data ELSE {_BEFORE} END"
 
@@ -175,10 +182,16 @@ def _write_sql(history: str, *, wait: bool, tells: bool, alike: bool, fenced: bo
     singles = "".join(f", %({name})s::{type_} AS {name}" for name, type_ in COMMON.items()) if alike else ""
     note = ""
     if history == "states":
-        note = _HISTORY.format(unchanged="NULL::jsonb", before="NULL::jsonb", after="NULL::jsonb", or_data="")
+        null = "NULL::jsonb"
+        note = _HISTORY.format(
+            unchanged=null, before=null, after=null, or_data="", data_expired="", old_too=""
+        )
     elif history == "full":
         or_data = f" OR (n.touches_data AND {_BEFORE} <> n.new_data)"
-        note = _HISTORY.format(unchanged=_BEFORE, before=_BEFORE, after=_AFTER, or_data=or_data)
+        note = _HISTORY.format(
+            unchanged=_BEFORE, before=_BEFORE, after=_AFTER, or_data=or_data,
+            data_expired=_NOTE_DATA_EXPIRED, old_too=_OLD_TOO,
+        )  # fmt: skip
     return _WRITE.format(
         names=names,
         arrays=arrays,
@@ -192,7 +205,7 @@ def _write_sql(history: str, *, wait: bool, tells: bool, alike: bool, fenced: bo
         fence=_FENCE if fenced else "",
         is_lost=_IS_LOST if fenced else "false",
         told=_TOLD if tells else "",
-        old_too=" LEFT JOIN old o ON o.key = n.key" if tells else "",
+        old_too=_OLD_TOO if tells else "",
     )
 
 

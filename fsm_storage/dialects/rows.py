@@ -135,6 +135,9 @@ class Work:
             data = valid(data_before) if full else None
             at = self.clock.write(old.state_expires_at)
             self._add_transition(write, old.state, None, at, ("expiry", ""), data, data)
+        if full and self._finds_data_expired(write, old):
+            at = self.clock.write(old.data_expires_at)
+            self._add_transition(write, before, before, at, ("expiry", ""), valid(old.data), EMPTY)
         if before != after or (full and differ(data_before, data_after)):
             kept = (valid(data_before), valid(data_after)) if full else (None, None)
             self._add_transition(write, before, after, self.clock.text, self.scope.cause, *kept)
@@ -143,12 +146,15 @@ class Work:
         touches_state = write.patch.state is not KEEP or write.state_ttl.renew
         return touches_state and old.state is not None and old.live_state(self.clock.now) is None
 
+    def _finds_data_expired(self, write: Write, old: Content) -> bool:
+        touches_data = write.patch.touches_data or write.data_ttl.renew
+        return touches_data and old.data != EMPTY and is_past(old.data_expires_at, self.clock.now)
+
     def _change(self, write: Write, old: Content, new: Content) -> Change:
         now, lapses = self.clock.now, []
         if self._finds_state_expired(write, old):
             lapses.append(Lapse("state", old.state, _instant(old.state_expires_at)))
-        touches_data = write.patch.touches_data or write.data_ttl.renew
-        if touches_data and old.data != EMPTY and is_past(old.data_expires_at, now):
+        if self._finds_data_expired(write, old):
             lapses.append(Lapse("data", old.state, _instant(old.data_expires_at)))
         has_other_data = differ(old.live_data(now), new.live_data(now))
         return Change(old.live_state(now), new.live_state(now), has_other_data, tuple(lapses))

@@ -17,7 +17,7 @@ from django.utils import timezone
 
 from fsm_storage import DjangoStorage, MemoryStorage, storages, with_ttl
 from fsm_storage.exceptions import InvalidTtl, InvalidTtlType, TtlNotSupported
-from fsm_storage.models import FSMRecord
+from fsm_storage.models import FSMRecord, FSMTransition
 from tests.rows import in_thread, let_time_pass, record, records, transitions
 
 Make = Callable[..., DjangoStorage]
@@ -367,3 +367,30 @@ async def test_a_context_with_a_ttl(make_storage: Make, database: str, key: Stor
 def test_a_storage_without_ttls_says_so(key: StorageKey) -> None:
     with pytest.raises(TtlNotSupported, match="MemoryStorage takes no ttl"):
         with_ttl(FSMContext(MemoryStorage(), key), 60)
+
+
+async def test_in_full_history_expired_data_that_is_overwritten_is_noted(
+    make_storage: Make, database: str, key: StorageKey
+) -> None:
+    """As the sweep notes it: what was there can be found, and put back."""
+    storage = make_storage(data_ttl=100, history="full")
+    await storage.set_state(key, "a")
+    await storage.set_data(key, {"n": 1})
+    await pass_time(storage, 150)
+    expired_at = (await in_thread(record, database)).data_expires_at
+    await storage.update_data(key, {"n": 2})
+    await asyncio.gather(storage.set_data(key, {}), storage.set_data(chat(5), {}))
+
+    def noted() -> list[tuple[object, ...]]:
+        rows = FSMTransition.objects.using(database).filter(key=record(database).key).order_by("id")
+        return list(rows.values_list("from_state", "to_state", "source", "data_before", "data_after"))
+
+    assert await in_thread(noted) == [
+        (None, "a", "bot", {}, {}),
+        ("a", "a", "bot", {}, {"n": 1}),
+        ("a", "a", "expiry", {"n": 1}, {}),
+        ("a", "a", "bot", {}, {"n": 2}),
+        ("a", "a", "bot", {"n": 2}, {}),
+    ]
+    rows = FSMTransition.objects.using(database).filter(source="expiry")
+    assert (await in_thread(rows.get)).at == expired_at

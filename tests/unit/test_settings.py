@@ -248,3 +248,21 @@ def test_a_sqlite_that_is_not_set_up_for_two_processes_is_a_warning(
 def test_a_sqlite_in_local_time_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(connections["default"].settings_dict, "TIME_ZONE", "Europe/Berlin")
     assert "fsm_storage.E008" in [message.id for message in messages(one())]
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("tests.no_such_module.expiry", "cannot be imported"),
+        ("tests.unit.test_settings.ROOT_OF_NOTHING", "cannot be imported"),
+        ("django.conf.settings", "must be an Expiry"),
+        (5, "must be an Expiry"),
+    ],
+)
+def test_a_wrong_expiry_is_an_error(path: object, problem: str) -> None:
+    with override_settings(FSM_STORAGES={"default": {"BACKEND": DJANGO, "OPTIONS": {"expiry": path}}}):
+        (message,) = [one for one in run_checks(tags=["fsm_storage"]) if one.id == "fsm_storage.E007"]
+        assert problem in message.msg
+    good = {"expiry": "tests.database.expiring.expiry"}
+    with override_settings(FSM_STORAGES={"default": {"BACKEND": DJANGO, "OPTIONS": good}}):
+        assert [one for one in run_checks(tags=["fsm_storage"]) if one.id == "fsm_storage.E007"] == []
