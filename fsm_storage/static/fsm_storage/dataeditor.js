@@ -72,16 +72,30 @@ function takeOver() {
     }
 }
 
-async function open() {
-    // In an object of JavaScript this key would be lost.
-    if (textarea.value.includes("__proto__")) {
-        return;
+let create = null;
+
+/** Fetch the editor and what it needs, once. */
+async function load() {
+    if (!create) {
+        adoptStyles();
+        const dark = { rel: "stylesheet", href: place.dataset.dark };
+        document.head.append(Object.assign(document.createElement("link"), dark));
+        await import(place.dataset.parser);
+        create = (await import(place.dataset.editor)).createJSONEditor;
     }
+    return create;
+}
+
+async function open() {
     button.disabled = true;
-    document.head.append(Object.assign(document.createElement("link"), { rel: "stylesheet", href: place.dataset.dark }));
-    adoptStyles();
-    await import(place.dataset.parser);
-    const { createJSONEditor } = await import(place.dataset.editor);
+    try {
+        mount(await load());
+    } finally {
+        button.disabled = false;
+    }
+}
+
+function mount(createJSONEditor) {
     const target = document.createElement("div");
     target.className = `fsm-editor${isDark() ? " jse-theme-dark" : ""}`;
     place.append(target);
@@ -91,7 +105,6 @@ async function open() {
             content: { text: textarea.value },
             parser: LosslessJSON,
             mode: "tree",
-            mainMenuBar: true,
             ariaLabel: place.dataset.label,
             onChange: (changed) => {
                 content = changed;
@@ -101,7 +114,6 @@ async function open() {
     textarea.hidden = true;
     button.textContent = place.dataset.close;
     button.setAttribute("aria-expanded", "true");
-    button.disabled = false;
     editor.focus();
 }
 
@@ -118,7 +130,8 @@ async function close() {
     textarea.focus();
 }
 
-if (place && textarea) {
+// In an object of JavaScript a key of this name would be lost: such data is for the text alone.
+if (place && textarea && !textarea.value.includes("__proto__")) {
     place.hidden = false;
     button.addEventListener("click", () => (editor ? close() : open()));
     textarea.form.addEventListener("submit", takeOver);
