@@ -122,11 +122,13 @@ async def set_commands(bot: Bot) -> None:
 
 async def run(token: str, api_url: str | None = None) -> None:
     """Poll until SIGTERM or SIGINT. Handlers in progress finish; storage and session are closed."""
-    from fsm_storage import storages  # needs django.setup()
+    from fsm_storage import DjangoStorage, storages  # needs django.setup()
 
     async with build_bot(token, api_url) as bot:
-        dispatcher = build_dispatcher(storages["default"])
-        expiry.setup(dispatcher)
+        storage = storages["default"]
+        dispatcher = build_dispatcher(storage)
+        if isinstance(storage, DjangoStorage):  # Redis removes by itself what has expired
+            expiry.setup(dispatcher)
         # What aiogram and Django have loaded stays for good. Without this, each full collection
         # walks through all of it and stops the loop for 0.1 s and more.
         gc.collect()

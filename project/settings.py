@@ -80,12 +80,18 @@ FSM_STORAGES: dict[str, dict[str, Any]] = {
 
 # With REDIS_URL the conversations are in Redis, and mirrored into the database.
 if REDIS_URL := os.environ.get("REDIS_URL"):
-    FSM_STORAGES["default"]["BACKEND"] = "fsm_storage.RedisStorage"
-    FSM_STORAGES["default"]["OPTIONS"] |= {
-        "url": REDIS_URL,
-        "key_builder": DefaultKeyBuilder(
-            with_bot_id=True, with_business_connection_id=True, with_destiny=True
-        ),
+    FSM_STORAGES = {
+        "default": {
+            "BACKEND": "fsm_storage.RedisStorage",
+            "OPTIONS": {
+                "url": REDIS_URL,
+                "state_ttl": timedelta(days=2),
+                "data_ttl": timedelta(days=2),
+                "key_builder": DefaultKeyBuilder(
+                    with_bot_id=True, with_business_connection_id=True, with_destiny=True
+                ),
+            },
+        },
     }
 
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"

@@ -19,6 +19,7 @@ from typing import IO
 
 import psutil
 import pytest
+import redis
 from aiogram.exceptions import TelegramUnauthorizedError
 from aiogram.methods import GetMe
 
@@ -108,8 +109,9 @@ async def test_an_unknown_token_ends_the_bot(api: BotAPI) -> None:
 
 
 @pytest.fixture
-def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def demo(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
     options = ["--people=8", "--pace=50", "--seconds=60", f"--port={PORT}", f"--log={tmp_path / 'demo.log'}"]
+    options += getattr(request, "param", [])
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "project.demo", *options],
         env={
@@ -151,6 +153,24 @@ def test_the_demo_runs_the_bot_and_the_admin_and_ends_both(
     log = (tmp_path / "demo.log").read_text()
     assert "Traceback" not in log
     assert "Unclosed" not in log
+
+
+@pytest.mark.parametrize("demo", [["--redis"]], indirect=True)
+def test_the_demo_with_a_redis(demo: subprocess.Popen[str], tmp_path: Path) -> None:
+    assert demo.stdout is not None
+    url = re.findall(r"keeps them in (\S+)\. ", _read_until(demo.stdout, "people talk"))[0]
+    with redis.Redis.from_url(url) as client:
+        deadline = time.monotonic() + 30
+        while not client.keys("fsm:42:*:state"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    children = psutil.Process(demo.pid).children()
+    assert len(children) == 3
+    demo.send_signal(signal.SIGINT)
+    assert demo.stdout.read().endswith("Stopped.\n")
+    assert demo.wait() == 0
+    assert not any(child.is_running() for child in children)
+    assert "Traceback" not in (tmp_path / "demo.log").read_text()
 
 
 def _read_until(stream: IO[str], words: str) -> str:
