@@ -11,8 +11,9 @@ class FSMStorageConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from fsm_storage.checks import check_admin, check_states, check_storages
+        from fsm_storage.checks import check_admin, check_servers, check_states, check_storages
 
         register(check_storages, "fsm_storage")
         register(check_admin, "fsm_storage")
         register(check_states, Tags.database)
+        register(check_servers, Tags.database)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -78,6 +78,39 @@ def check_admin(app_configs: Sequence[AppConfig] | None = None, **kwargs: Any) -
 
 MAX_UNDECLARED = 10
 """States that the warning names; there may be more."""
+
+
+OLDEST_MARIADB, OLDEST_MYSQL = (10, 6), (8, 0, 17)  # SKIP LOCKED; a binary collation without padding
+
+
+def check_servers(
+    app_configs: Sequence[AppConfig] | None = None, databases: Sequence[str] | None = None, **kwargs: Any
+) -> list[CheckMessage]:
+    """Check the MariaDB and MySQL servers that hold conversations."""
+    ours = [using for using in databases or () if router.allow_migrate_model(using, FSMRecord)]
+    return [
+        message
+        for using in ours
+        if connections[using].vendor == "mysql"
+        for message in _server_flaws(using, connections[using])
+    ]
+
+
+def _server_flaws(using: str, connection: Any) -> Iterator[CheckMessage]:
+    oldest = OLDEST_MARIADB if connection.mysql_is_mariadb else OLDEST_MYSQL
+    if connection.mysql_version < oldest:
+        yield Error(
+            f"Database {using!r} is {connection.display_name} {'.'.join(map(str, connection.mysql_version))}, "
+            "which DjangoStorage cannot use.",
+            hint="It needs MariaDB 10.6 or newer, or MySQL 8.0.17 or newer.",
+            id="fsm_storage.E010",
+        )
+    if not connection.sql_mode & {"STRICT_TRANS_TABLES", "STRICT_ALL_TABLES"}:
+        yield checks.Warning(
+            f"{connection.display_name} database {using!r} cuts values that are too long instead of refusing them.",
+            hint=f"Add STRICT_TRANS_TABLES to sql_mode: of the server, or in DATABASES[{using!r}]['OPTIONS'].",
+            id="fsm_storage.W003",
+        )
 
 
 def check_states(

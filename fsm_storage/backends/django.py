@@ -53,7 +53,7 @@ class DjangoStorage(BaseStorage):
     event loops, also after a fork.
 
     - `alias`: part of each record's identity; two storages with different aliases share nothing.
-    - `database`: an alias of `DATABASES`; SQLite or PostgreSQL.
+    - `database`: an alias of `DATABASES`; SQLite, PostgreSQL, MariaDB or MySQL.
     - `key_builder`: an aiogram `KeyBuilder`, or its dotted path; by default every part of the key counts.
     - `state_ttl`, `data_ttl`: seconds or timedelta; each write of a part restarts its time. None: for ever.
     - `json_loads`, `json_dumps`: functions, or their dotted paths.

@@ -190,7 +190,7 @@ def check_database(where: str, database: Any) -> list[CheckMessage]:
         return [
             Error(
                 f"{where}: database {database!r} is {vendor}, which DjangoStorage cannot use.",
-                hint="Name a SQLite or PostgreSQL database in OPTIONS['database'].",
+                hint="Name a SQLite, PostgreSQL, MariaDB or MySQL database in OPTIONS['database'].",
                 id="fsm_storage.E006",
             )
         ]
@@ -203,9 +203,11 @@ def check_database(where: str, database: Any) -> list[CheckMessage]:
 
 def _check_time_zone(where: str, database: str, vendor: str) -> Iterator[CheckMessage]:
     time_zone = connections[database].settings_dict["TIME_ZONE"]
-    if vendor == "sqlite" and (not settings.USE_TZ or time_zone not in (None, "UTC")):
+    # These have no type for an instant, only for the numbers on a clock.
+    name = {"sqlite": "SQLite", "mysql": "MariaDB and MySQL"}.get(vendor)
+    if name is not None and (not settings.USE_TZ or time_zone not in (None, "UTC")):
         yield Error(
-            f"{where}: on SQLite, instants must be kept in UTC.",
+            f"{where}: on {name}, instants must be kept in UTC.",
             hint=f"Set USE_TZ = True, and no TIME_ZONE in DATABASES[{database!r}].",
             id="fsm_storage.E008",
         )

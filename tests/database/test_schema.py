@@ -13,6 +13,7 @@ from django.core.management import call_command
 from django.db import connections
 
 from fsm_storage import DjangoStorage
+from fsm_storage.checks import check_servers
 from fsm_storage.exceptions import NotMigrated
 from fsm_storage.models import FSMRecord
 from tests.conftest import MARIADB, SKIP_MARIADB
@@ -165,3 +166,13 @@ class TestColumnsOnMariaDB:
                 found = connection.introspection.get_constraints(cursor, model._meta.db_table)
             missing += [index.name for index in model._meta.indexes if index.name not in found]
         assert missing == []
+
+    def test_the_checks_ask_the_server(self, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert check_servers(databases=[database]) == []
+        server = connections[database]
+        monkeypatch.setattr(server, "sql_mode", {"ANSI_QUOTES"})
+        monkeypatch.setattr(server, "mysql_version", (10, 5, 23))
+        assert [message.id for message in check_servers(databases=[database])] == [
+            "fsm_storage.E010",
+            "fsm_storage.W003",
+        ]

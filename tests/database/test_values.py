@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fsm_storage import DjangoStorage
-from fsm_storage.exceptions import CorruptData, InvalidKey, InvalidKeyType, InvalidState
+from fsm_storage.exceptions import CorruptData, InvalidData, InvalidKey, InvalidKeyType, InvalidState
+from tests.conftest import MARIADB
 from tests.rows import data_as_text, execute, in_thread, record, records
 
 Make = Callable[..., DjangoStorage]
@@ -389,3 +390,28 @@ async def test_deep_data_is_read_whole_or_is_a_clear_error(
     await storage.set_data(chat(3), {"whole": True})
     assert await storage.get_data(chat(3)) == {"whole": True}
     assert await storage.update_data(chat(3), {"again": 1}) == {"whole": True, "again": 1}
+
+
+# What a server's settings limit
+
+
+@pytest.mark.parametrize("database", [MARIADB], indirect=True)
+@pytest.mark.parametrize("history", ["states", "full"])
+async def test_data_that_no_packet_holds_is_refused_by_name_and_alone(
+    make_storage: Make, database: str, history: str
+) -> None:
+    """Four million characters of four bytes each are as much as the server takes, and then there is the rest."""
+    storage = make_storage(history=history)
+    await storage.set_data(chat(0), {"old": 0})
+    large = {"text": "\U0001f600" * 4_190_000}
+    refused, *kept = await asyncio.gather(
+        storage.set_data(chat(0), large),
+        *(storage.set_data(chat(n), {"text": "x" * 1_500_000, "n": n}) for n in range(1, 15)),
+        return_exceptions=True,
+    )
+    assert isinstance(refused, InvalidData)
+    assert "max_allowed_packet" in str(refused)
+    assert kept == [None] * 14  # together more than a packet
+    assert await storage.get_data(chat(0)) == {"old": 0}
+    for n in (1, 14):
+        assert (await storage.get_data(chat(n)))["n"] == n
