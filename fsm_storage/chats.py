@@ -115,7 +115,7 @@ class KeepNames(BaseMiddleware):
         return await handler(event, data)
 
     def _note(self, storage: Any, peer: Chat | User) -> asyncio.Future[Any] | None:
-        name = _plain(peer.full_name), _plain(peer.username or "")
+        name = _plain(_full_name(peer)), _plain(peer.username or "")
         if self._known.get(peer.id) == name or len(self._on_the_way) >= MAX_ON_THE_WAY:
             return None
         writing: asyncio.Future[Any] = asyncio.ensure_future(storage.submit(Naming(peer.id, *name)))
@@ -139,6 +139,11 @@ class KeepNames(BaseMiddleware):
         if time.monotonic() >= self._silent_until:
             self._silent_until = time.monotonic() + QUIET_SECONDS
             logger.error("names of chats and users are not kept: %s: %s", type(error).__name__, error)
+
+
+def _full_name(peer: Chat | User) -> str:
+    """Return a chat's title, or a person's name; of a deleted account, nothing."""
+    return getattr(peer, "title", None) or " ".join(filter(None, (peer.first_name, peer.last_name)))
 
 
 def _plain(name: str) -> str:

@@ -16,6 +16,7 @@ from django.core.checks import CheckMessage
 from fsm_storage import signals
 from fsm_storage.backends.arguments import Handlers, Identified, TtlOption, actor_name, edit_ttl, own_ttl
 from fsm_storage.backends.fencing import HOLD
+from fsm_storage.backends.moving import MovesChats
 from fsm_storage.backends.options import check_options, checked_options, loaded
 from fsm_storage.backends.session import Session
 from fsm_storage.batching import AGAIN, Batcher, Replies
@@ -32,7 +33,7 @@ from fsm_storage.dialects import (
     WriteReply,
     Written,
 )
-from fsm_storage.exceptions import StorageClosed, VersionConflict
+from fsm_storage.exceptions import StorageClosed
 from fsm_storage.keys import record_key, state_text
 from fsm_storage.patches import EMPTY, KEEP, Keep, Patch, Ttl, ttl_seconds
 from fsm_storage.signals import News
@@ -40,11 +41,9 @@ from fsm_storage.signals import News
 T = TypeVar("T")
 R = TypeVar("R", bound=Identified)
 Operation = Read | Write | Errand
-STAY = Ttl(0.0, keep=True)
-"""A part keeps its expiry; if it has expired, it expires again at once."""
 
 
-class DjangoStorage(BaseStorage):
+class DjangoStorage(MovesChats, BaseStorage):
     """Keeps the conversations of a bot in the tables of a Django project.
 
     What it promises: when the await of a write returns, the database has committed it.
@@ -179,33 +178,6 @@ class DjangoStorage(BaseStorage):
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
 
-    def rewrite(
-        self, edits: Sequence[tuple[R, Mapping[str, Any]]], *, by: Any = None, source: str = "migration"
-    ) -> list[R]:
-        """Change records that are as they were read; return those that somebody wrote meanwhile.
-
-        Each edit is a record and its new `state`, `data`, or both. One transaction; when it raises,
-        nothing was written. What expired meanwhile stays expired. Synchronous.
-        """
-        writes = [
-            Write(record.key, record.storage_key, self._patch(record, **changes), STAY, STAY, record.version)
-            for record, changes in edits
-        ]
-        replies = self.put(writes, by=by, source=source)
-        return [
-            record
-            for (record, _), reply in zip(edits, replies, strict=True)
-            if isinstance(reply, VersionConflict)
-        ]
-
-    def _patch(
-        self, record: Identified, state: StateType | Keep = KEEP, data: Mapping[str, Any] | Keep = KEEP
-    ) -> Patch:
-        return Patch(
-            KEEP if state is KEEP else state_text(state, record.key),
-            KEEP if data is KEEP else self.codec.encode(data, record.key),
-        )
-
     def edit(
         self,
         records: Sequence[Identified],
@@ -222,7 +194,13 @@ class DjangoStorage(BaseStorage):
 
         See `FSMRecord.edit`, which is how to call it. All are changed or, when it raises, none.
         """
-        patches = [self._patch(record, state, data) for record in records]
+        patches = [
+            Patch(
+                KEEP if state is KEEP else state_text(state, record.key),
+                KEEP if data is KEEP else self.codec.encode(data, record.key),
+            )
+            for record in records
+        ]
         state_rule, data_rule = edit_ttl(state_ttl, self._state_ttl), edit_ttl(data_ttl, self._data_ttl)
         versions: Sequence[int | None] = [None] * len(records) if if_versions is None else if_versions
         writes = [
@@ -295,28 +273,6 @@ class DjangoStorage(BaseStorage):
             await sync_to_async(self._finish_here)(errands)
         else:
             await asyncio.to_thread(self._finish_apart, errands)
-
-    async def move_chat(self, bot_id: int, old: int, new: int) -> int:
-        """Give this bot's conversations in chat `old` to chat `new`, all in one transaction; return how many.
-
-        To be called again at will: nothing is left to move. What happens where both chats have a
-        conversation of one user is said in `Mover.move`. A cancelled caller stops waiting.
-        """
-        if self.closed:
-            raise StorageClosed
-        move_here = sync_to_async(self._move_here, thread_sensitive=self.in_transaction)
-        return await asyncio.shield(move_here(bot_id, old, new))
-
-    def _move_here(self, bot_id: int, old: int, new: int) -> int:
-        from fsm_storage.backends.moving import ChatMove, Mover  # which needs the models
-
-        write = partial(self._write_here, cause=Cause("move"))
-        mover = Mover(self.database, self._scope, self.key_text, write)
-        try:
-            return self._session.atomically(partial(mover.move, ChatMove(bot_id, old, new)))
-        finally:
-            if not self.in_transaction:
-                self._session.release()
 
     def create_isolation(self, **options: Any) -> BaseEventIsolation:
         """Return a `DjangoEventIsolation` with its leases in this storage's database and under its alias.

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiogram.fsm.storage.base import StorageKey
+from asgiref.sync import sync_to_async
 from django.db.models import F, TextField
 from django.db.models.functions import Cast
 
 from fsm_storage.dialects import Scope, Write
-from fsm_storage.exceptions import CorruptData
-from fsm_storage.models import FSMRecord, FSMRecordQuerySet
+from fsm_storage.exceptions import CorruptData, StorageClosed
 from fsm_storage.patches import EMPTY, KEEP, Keep, Patch
+
+if TYPE_CHECKING:
+    from fsm_storage.backends.session import Session
+    from fsm_storage.models import FSMRecord, FSMRecordQuerySet
 
 
 class ChatMove(NamedTuple):
@@ -29,6 +35,40 @@ class ChatMove(NamedTuple):
         return replace(key, chat_id=self.new, user_id=user_id)
 
 
+class MovesChats:
+    """What `DjangoStorage` does when a chat gets another id."""
+
+    if TYPE_CHECKING:
+        database: str
+        in_transaction: bool
+        closed: bool
+        _scope: Scope
+        _session: Session
+
+        def key_text(self, key: StorageKey) -> str: ...
+
+        def put(self, writes: Sequence[Write], *, by: Any = None, source: str = "import") -> Any: ...
+
+    async def move_chat(self, bot_id: int, old: int, new: int) -> int:
+        """Give this bot's conversations in chat `old` to chat `new`, all in one transaction; return how many.
+
+        To be called again at will: nothing is left to move. What happens where both chats have a
+        conversation of one user is said in `Mover.move`. A cancelled caller stops waiting.
+        """
+        if self.closed:
+            raise StorageClosed
+        move_here = sync_to_async(self._move_here, thread_sensitive=self.in_transaction)
+        return await asyncio.shield(move_here(ChatMove(bot_id, old, new)))
+
+    def _move_here(self, move: ChatMove) -> int:
+        mover = Mover(self.database, self._scope, self.key_text, partial(self.put, source="move"))
+        try:
+            return self._session.atomically(partial(mover.move, move))
+        finally:
+            if not self.in_transaction:
+                self._session.release()
+
+
 class Mover:
     """Moves the records of one storage. `key_text` is its key builder, `write` how it writes."""
 
@@ -39,6 +79,9 @@ class Mover:
         key_text: Callable[[StorageKey], str],
         write: Callable[[Sequence[Write]], Any],
     ) -> None:
+        from fsm_storage.models import FSMRecord  # not earlier: a storage is imported before Django is set up
+
+        self._record = FSMRecord
         self._records = FSMRecord.objects.using(database).filter(alias=scope.alias)
         self._codec, self._key_text, self._write = scope.codec, key_text, write
 
@@ -77,7 +120,7 @@ class Mover:
         """Return the records under the new id, all of them locked; where there was none, an empty one."""
         self._records.bulk_create(
             (
-                FSMRecord(
+                self._record(
                     alias=row.alias,
                     key=key,
                     version=int(row.read_at.timestamp() * 1_000_000),  # type: ignore[attr-defined]
@@ -96,12 +139,9 @@ class Mover:
         state: str | Keep | None = row.current_state if _gives_state(row, target) else KEEP
         here, there = _live_text(row), _live_text(target)
         patch = Patch(state)
-        if _both_have_data(here, there) and self._is_readable(here):
-            if self._is_readable(there):
-                older, newer = (there, here) if _is_newer(row, target) else (here, there)
-                patch = Patch(state, older, (newer,))
-            else:
-                patch = Patch(state, here)
+        if EMPTY not in (here, there) and self._is_readable(here):
+            older, newer = (there, here) if _is_newer(row, target) else (here, there)
+            patch = Patch(state, older, (newer,)) if self._is_readable(there) else Patch(state, here)
         elif there == EMPTY and here != EMPTY:
             patch = Patch(state, here)
         end = Patch(KEEP if row.current_state is None else None, KEEP if here == EMPTY else EMPTY)
@@ -138,10 +178,6 @@ def _gives_state(row: FSMRecord, target: FSMRecord) -> bool:
     if row.current_state is None:
         return False
     return target.current_state is None or _is_newer(row, target)
-
-
-def _both_have_data(here: str, there: str) -> bool:
-    return EMPTY not in (here, there)
 
 
 def _live_text(row: FSMRecord) -> str:

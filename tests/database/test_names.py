@@ -79,6 +79,11 @@ async def test_chats_and_users_have_names(storage: DjangoStorage, database: str)
     assert (await in_thread(kept, database))[2] == ("Ben King", "king")
 
 
+async def test_a_deleted_account_has_no_name(storage: DjangoStorage, database: str) -> None:
+    await Bots(storage).feed(update(User(id=9, is_bot=False, first_name=""), Chat(id=9, type="private")))
+    assert await in_thread(kept, database) == {9: ("", "")}
+
+
 async def test_nothing_is_written_while_nothing_changes(
     statements: Statements, storage: DjangoStorage, database: str
 ) -> None:

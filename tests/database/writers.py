@@ -122,7 +122,7 @@ def talk_in_old_states(database: str, path: str, chats: int) -> None:
             await storage.update_data(key_of(chat), {f"f{n}": n, "phone": chat})
             note(f"{chat} {n} {state}")
             n += 1
-            await asyncio.sleep(random.uniform(0, 0.5))
+            await asyncio.sleep(random.uniform(0.2, 1.5))
 
     async def main() -> None:
         storage = DjangoStorage(database, database=database, timeout=30)
