@@ -155,6 +155,8 @@ class Runner:
         # More than there is room for, of which any: processes that look at the same time shall not want the same.
         limit = 4 * room + len(self._tasks) + len(self._setbacks)
         found = await self._retried(partial(self._select, limit))
+        if len(found) < limit:
+            self._forget_all_but(found)
         ready = list(dict.fromkeys(case.record_key for case in found if self._is_ready(case)))[: 4 * room]
         wanted = random.sample(ready, min(room, len(ready)))
         if not wanted:
@@ -162,6 +164,13 @@ class Runner:
         leases = await self._keeper.try_acquire(wanted)
         await self._begin(leases)
         return 0.0 if leases else CONTENDED_PAUSE
+
+    def _forget_all_but(self, found: Collection[Case]) -> None:
+        """Forget the setbacks of what is no longer there to be tried again: it was renewed, or done elsewhere."""
+        now, names = time.monotonic(), {case.name for case in found}
+        for name, setback in list(self._setbacks.items()):
+            if name not in names and setback.not_before <= now and name[0] not in self._tasks:
+                del self._setbacks[name]
 
     def _is_ready(self, case: Case) -> bool:
         if case.record_key in self._tasks:
@@ -184,7 +193,7 @@ class Runner:
                 self._keeper.release(leases[key])
 
     def _start(self, case: Case, lease: Lease) -> None:
-        task = asyncio.create_task(self._handle(case, lease), name=f"expiry of {case.record_key}")
+        task = asyncio.create_task(self._handle(case), name=f"expiry of {case.record_key}")
         self._tasks[case.record_key] = task
         loop = asyncio.get_running_loop()
 
@@ -192,29 +201,29 @@ class Runner:
             loop.call_soon_threadsafe(task.cancel)
 
         lease.on_lost = cancel
+        task.add_done_callback(partial(self._end, case, lease))
 
-    async def _handle(self, case: Case, lease: Lease) -> None:
+    def _end(self, case: Case, lease: Lease, task: asyncio.Task[None]) -> None:
+        """Give the lease back. Not in the task itself, which may be cancelled before it begins."""
+        lease.on_lost = None
+        self._keeper.release(lease)
+        del self._tasks[case.record_key]
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("expiry of %r was not cleared, and is handled again: %s", case.record_key, error)
+
+    async def _handle(self, case: Case) -> None:
         try:
-            try:
-                async with asyncio.timeout(self._expiry.timeout):
-                    await self._call(case)
-            except Exception as error:
-                if not self._gives_up(case, error):
-                    return
-            await self._clear(case)
-            self._setbacks.pop(case.name, None)
-        except FSMStorageError as error:
-            logger.error(
-                "expiry of %r was handled but not cleared, and is handled again: %s", case.record_key, error
-            )
-        finally:
-            lease.on_lost = None
-            self._keeper.release(lease)
-            del self._tasks[case.record_key]
+            async with asyncio.timeout(self._expiry.timeout):
+                await self._call(case)
+        except Exception as error:
+            if not self._gives_up(case, error):
+                return
+        await self._clear(case)
+        self._setbacks.pop(case.name, None)
 
     async def _call(self, case: Case) -> None:
         handler = self._expiry.find(case.part, case.state)
-        if handler is None:  # deregistered, in effect: the next sweep takes it
+        if handler is None:
             return
         setback = self._setbacks.get(case.name)
         expired = Expired(
@@ -242,9 +251,7 @@ class Runner:
         """Note that a handler has raised; say whether that was the last attempt."""
         known = self._setbacks.get(case.name)
         attempts = known.attempts + 1 if known else 1
-        if isinstance(
-            error, TelegramForbiddenError
-        ):  # the user has blocked the bot: nothing will change that
+        if isinstance(error, TelegramForbiddenError):  # blocked by the user, which no attempt changes
             logger.info("expiry of %r: %s", case.record_key, error)
             return True
         if attempts >= self._expiry.attempts:

@@ -264,6 +264,30 @@ async def test_a_failing_handler_is_called_again_then_reported(
     assert not await in_thread(FSMLease.objects.using(database).exists)
 
 
+async def test_a_failure_is_forgotten_when_its_record_was_renewed(
+    expiry: Expiry, storage: DjangoStorage, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would be looked for again and again, for ever."""
+    monkeypatch.setattr(runner, "MAX_BACK_OFF", 0.2)
+    failed = asyncio.Event()
+
+    @expiry.handler(Order.payment)
+    async def fail(expired: Expired) -> None:
+        failed.set()
+        raise ZeroDivisionError
+
+    await talk(storage, 1)
+    await expire(storage)
+    own = runner.Runner(expiry, storage, [bot()], {})
+    task = asyncio.create_task(own.run())
+    await asyncio.wait_for(failed.wait(), 20)
+    await storage.set_state(chat(1), Order.payment)
+    await until(lambda: not own._setbacks and not own._tasks)
+    task.cancel()
+    await asyncio.wait([task])
+    assert await storage.get_state(chat(1)) == "Order:payment"
+
+
 async def test_one_that_fails_does_not_hold_up_others(
     expiry: Expiry, storage: DjangoStorage, database: str
 ) -> None:
