@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, Self
 
 from django.conf import settings
@@ -23,6 +23,7 @@ from fsm_storage.rights import HIDDEN, Mask
 PAGE = 50
 MAX_KEYS = 50
 MAX_TEXT = 300
+MIRRORED_WITHIN = timedelta(minutes=1)
 _NEWEST = 2**63 - 1
 
 
@@ -111,12 +112,30 @@ def _merged(transitions: Sequence[FSMTransition], entries: Sequence[LogEntry]) -
     """Put both lists together by time. Each keeps its own order, also where the clocks of their writers differ."""
     notes = [(entry, note_of(entry)) for entry in entries]
     told = {note["transition"]: (entry, note) for entry, note in notes if "transition" in note}
+    loose = [(entry, note) for entry, note in notes if "transition" not in note]
+    for transition in transitions:
+        if transition.pk not in told and (match := _match(transition, loose)):
+            told[transition.pk] = match
+            loose.remove(match)
     moves = [Event(t.at, t, *told.get(t.pk, (None, {}))) for t in transitions]
-    alone = [Event(e.action_time, None, e, note) for e, note in notes if "transition" not in note]
+    alone = [Event(entry.action_time, None, entry, note) for entry, note in loose]
     merged = []
     while moves and alone:
         merged.append((moves if moves[0].at >= alone[0].at else alone).pop(0))
     return [*merged, *moves, *alone]
+
+
+def _match(transition: FSMTransition, loose: Sequence[tuple[LogEntry, Note]]) -> tuple[LogEntry, Note] | None:
+    """Return the entry that tells of the same change, where they could not be linked: a mirror writes later."""
+    if transition.source != FSMTransition.Source.ADMIN:
+        return None
+    move = [transition.from_state, transition.to_state]
+    for entry, note in loose:
+        is_same = note.get("state", move if move[0] == move[1] and "data" in note else None) == move
+        is_near = abs(transition.at - entry.action_time) <= MIRRORED_WITHIN
+        if is_same and is_near and entry.user.get_username() == transition.actor:
+            return entry, note
+    return None
 
 
 def _end(shown: Sequence[Event], before: Cursor) -> Cursor:

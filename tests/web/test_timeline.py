@@ -101,6 +101,24 @@ def test_full_history_tells_of_the_bots_data_too_and_nothing_twice(agent, make_r
     assert [step.source for step in steps] == ["admin", "bot"]
 
 
+def test_a_change_that_a_mirror_writes_later_is_there_once(agent, make_record):
+    """Its transition was not there yet when the log entry was made, so they are not linked."""
+    record = make_record(state="Order:item", data={"a": 1})
+    save(agent, record, state="=Order:payment", data_json='{"a": 2}')
+    save(agent, record, data_json='{"a": 3}')
+    for entry in LogEntry.objects.all():
+        entry.change_message = entry.change_message.replace('"transition"', '"was"')
+        entry.save()
+    steps = steps_of(agent, record)
+    assert [[tuple(change) for change in step.changes] for step in steps] == [
+        [("a", "2", "3")],
+        [("a", "1", "2")],
+    ]
+    assert "Order:payment" in steps[1].change
+    FSMTransition.objects.update(at=Now() - timedelta(hours=1))
+    assert len(steps_of(agent, record)) == 3
+
+
 def test_bulk_changes_are_there_once(agent, make_record):
     records = [make_record(state="Order:item", data={"a": 1}) for _ in range(3)]
     for record in records:
