@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from django.conf import settings
-from django.db import InterfaceError, OperationalError, connections, transaction
+from django.db import Error, InterfaceError, OperationalError, connections, transaction
 from django.utils import timezone
 
 from fsm_storage.backends.django import DjangoStorage
@@ -302,15 +302,23 @@ def _writing(database: str) -> Iterator[None]:
 
     It waits for a locked row for a limited time.
     """
-    connection = connections[database]
-    with transaction.atomic(using=database):
-        if not connection.features.has_select_for_update:
-            FSMRecord.objects.using(database).filter(pk__lt=0).update(version=0)
-        dialect = dialect_for(connection.vendor)
-        with connection.cursor() as cursor:
-            for sql in dialect.lock_limits(LOCK_WAIT) if dialect else ():
-                cursor.execute(sql)
-        yield
+    connection, dialect = connections[database], dialect_for(connections[database].vendor)
+    before, after = dialect.lock_limits(LOCK_WAIT) if dialect else ((), ())
+    try:
+        with transaction.atomic(using=database):
+            if not connection.features.has_select_for_update:
+                FSMRecord.objects.using(database).filter(pk__lt=0).update(version=0)
+            _execute(database, before)
+            yield
+    finally:
+        with suppress(Error):  # of a connection that is lost, and the limit with it
+            _execute(database, after)
+
+
+def _execute(database: str, statements: Sequence[str]) -> None:
+    with connections[database].cursor() as cursor:
+        for sql in statements:
+            cursor.execute(sql)
 
 
 def _restore_times(storage: DjangoStorage, entries: Sequence[_Entry], now: datetime) -> None:

@@ -205,7 +205,7 @@ def test_more_than_a_batch_and_parts_that_expire_soon(
 ) -> None:
     keys = [StorageKey(BOT, number, number) for number in range(1, 1301)]
     contents = {key: ("s", {"n": key.chat_id}) for key in keys}
-    fill(redis_url, contents, ttl=30)  # both keys of each are read, as one may be gone by then
+    fill(redis_url, contents, ttl=290)  # both keys of each are read, as one may be gone by then
     said = run("fsm_import", "--from", redis_url, "--alias", database, "--bot-id", BOT, "--json")
     assert said.json["written"] == 1300
     assert FSMRecord.objects.using(database).filter(state_expires_at__gt=Now()).count() == 1300

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 from aiogram.fsm.storage.base import DefaultKeyBuilder, StorageKey
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from fsm_storage.sources.layout import KeyLayout
@@ -36,6 +36,7 @@ def built(key: StorageKey, layout: KeyLayout) -> str:
     business=st.none() | st.from_regex(r"[A-Za-z][A-Za-z0-9_]{0,20}", fullmatch=True),
     destiny=st.sampled_from(["default", "other", "5", "менее"]),
 )
+@settings(deadline=None)  # a machine may be busy
 @example(bot=42, chat=-100, user=7, thread=None, business=None, destiny="default")
 def test_every_layout_reads_what_aiogram_wrote(
     separator: str, flags: tuple[bool, bool, bool],
