@@ -9,9 +9,9 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks import dispatching, statement, workload
+from benchmarks import dispatching, locking, statement, workload
 from benchmarks.contenders import CONTENDERS, Places
-from benchmarks.peers import open_storage
+from benchmarks.peers import open_isolation, open_storage
 from benchmarks.plan import Cell
 
 
@@ -51,6 +51,11 @@ async def _measure(cell: Cell, places: Places) -> dict[str, Any]:
     async with open_storage(cell.contender, places) as storage:
         if cell.kind == "statement":
             return await statement.compare(storage, places, cell.seconds)
+        if cell.kind in ("lock", "shared-lock"):
+            async with open_isolation(storage) as isolation:
+                return await locking.measure(
+                    isolation, cell.chats, cell.seconds, shared=cell.kind == "shared-lock"
+                )
         module = dispatching if cell.kind == "dispatcher" else workload
         return await module.measure(storage, cell.chats, cell.seconds)
 

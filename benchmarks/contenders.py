@@ -78,6 +78,7 @@ _ALL = [
 CONTENDERS = {contender.name: contender for contender in _ALL}
 HANDLER_NAMES = list(CONTENDERS)
 DISPATCHER_NAMES = ["memory", "redis", "orm-sqlite", "ours-sqlite-states", "ours-postgres-states"]
+LOCK_NAMES = ["redis", "ours-sqlite-states", "ours-postgres-states"]
 QUICK_NAMES = ["redis", "ours-sqlite-states", "ours-postgres-states"]
 QUICK_DISPATCHER_NAMES = ["memory", "ours-sqlite-states"]
 BASE = "redis"

@@ -48,7 +48,12 @@ def _dispatcher(contender: str) -> Callable[[Results], Spread | None]:
     return lambda results: results.ratio("dispatcher", (contender, 64), ("memory", 64))
 
 
+def _locks(contender: str) -> Callable[[Results], Spread | None]:
+    return lambda results: results.ratio("lock", (contender, 64), (BASE, 64))
+
+
 _REDIS = "aiogram RedisStorage"
+_LOCKS = "aiogram RedisEventIsolation"
 _C64 = "its own C=64"
 _BARE = "the bare statement"
 _MEMORY = "MemoryStorage's updates/s"
@@ -96,4 +101,6 @@ GOALS = [
     Goal("Redis, C=512, mirrored", 4, 5, _REDIS, _to_redis("ours-redis-mirrored", 512)),
     Goal("a Dispatcher, C=64, SQLite", 0.9, 0.97, _MEMORY, _dispatcher("ours-sqlite-states")),
     Goal("a Dispatcher, C=64, PostgreSQL", 0.9, 0.97, _MEMORY, _dispatcher("ours-postgres-states")),
+    Goal("lock and unlock, C=64, SQLite", 1, 3, _LOCKS, _locks("ours-sqlite-states")),
+    Goal("lock and unlock, C=64, PostgreSQL", 1, 3, _LOCKS, _locks("ours-postgres-states")),
 ]

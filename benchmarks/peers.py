@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from aiogram.fsm.state import State
-from aiogram.fsm.storage.base import BaseStorage, DefaultKeyBuilder, StateType, StorageKey
+from aiogram.fsm.storage.base import BaseEventIsolation, BaseStorage, DefaultKeyBuilder, StateType, StorageKey
 from aiogram.fsm.storage.memory import MemoryStorage
 from aiogram.fsm.storage.redis import RedisStorage
 
@@ -62,6 +62,16 @@ async def open_storage(name: str, places: Places) -> AsyncIterator[BaseStorage]:
         yield storage
     finally:
         await storage.close()
+
+
+@asynccontextmanager
+async def open_isolation(storage: BaseStorage) -> AsyncIterator[BaseEventIsolation]:
+    """Open the event isolation that comes with a contender's storage, and close it."""
+    isolation: BaseEventIsolation = storage.create_isolation()  # type: ignore[attr-defined] # not all have one
+    try:
+        yield isolation
+    finally:
+        await isolation.close()
 
 
 def _make(name: str, places: Places) -> BaseStorage:

@@ -9,11 +9,12 @@ from typing import Literal
 from benchmarks.contenders import (
     DISPATCHER_NAMES,
     HANDLER_NAMES,
+    LOCK_NAMES,
     QUICK_DISPATCHER_NAMES,
     QUICK_NAMES,
 )
 
-Kind = Literal["migrate", "handler", "dispatcher", "statement"]
+Kind = Literal["migrate", "handler", "dispatcher", "statement", "lock", "shared-lock"]
 
 WARM_UP_SECONDS = 0.3
 """How long a cell works before it is measured."""
@@ -21,6 +22,7 @@ WARM_UP_SECONDS = 0.3
 _CHATS = (1, 64, 512)
 _QUICK_CHATS = (1, 64)
 _DISPATCHER_CHATS = 64
+_LOCK_CHATS = 64
 _STATEMENT_NAMES = ("ours-postgres-off", "ours-postgres-states")
 
 
@@ -48,4 +50,6 @@ def cells_of_a_round(*, quick: bool, seconds: float, only: Sequence[str]) -> lis
     cells += [Cell("statement", name, 1, seconds) for name in _STATEMENT_NAMES]
     dispatchers = QUICK_DISPATCHER_NAMES if quick else DISPATCHER_NAMES
     cells += [Cell("dispatcher", name, _DISPATCHER_CHATS, seconds * 1.5) for name in dispatchers]
+    locks: tuple[Kind, ...] = ("lock",) if quick else ("lock", "shared-lock")
+    cells += [Cell(kind, name, _LOCK_CHATS, seconds) for kind in locks for name in LOCK_NAMES]
     return [cell for cell in cells if not only or any(text in str(cell) for text in only)]

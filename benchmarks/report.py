@@ -17,7 +17,14 @@ _GOAL_HEADER = ("this package", "beside", "must", "goal", "measured", "reached")
 _HANDLER_HEADER = ("Storage", "operations/s", "least–greatest", "to RedisStorage", "CPU µs/op", "remarks")
 _STATEMENT_HEADER = ("", "get, µs", "bare get, µs", "set, µs", "bare set, µs")
 _DISPATCHER_HEADER = ("Storage", "C", "updates/s", "least–greatest", "to MemoryStorage", "CPU µs/update")
+_LOCK_HEADER = ("Isolation", "C", "locks/s", "least–greatest", "to RedisEventIsolation", "CPU µs/lock")
 _STATEMENT_FIELDS = ("get_us", "bare_get_us", "set_us", "bare_set_us")
+
+_ISOLATIONS = {
+    "redis": "aiogram RedisEventIsolation",
+    "ours-sqlite-states": "DjangoEventIsolation, SQLite",
+    "ours-postgres-states": "DjangoEventIsolation, PostgreSQL",
+}
 
 _METHOD = Path(__file__).with_name("method.md")
 
@@ -64,6 +71,8 @@ def _tables(results: Results) -> Iterator[tuple[str, Row, list[Row]]]:
         *_handler_tables(results),
         ("One chat on PostgreSQL, beside the bare statement", _STATEMENT_HEADER, _statement_rows(results)),
         ("A Dispatcher with handlers", _DISPATCHER_HEADER, _dispatcher_rows(results)),
+        ("Lock and unlock, each time another key", _LOCK_HEADER, _lock_rows(results, "lock")),
+        ("Lock and unlock, 8 keys in turn", _LOCK_HEADER, _lock_rows(results, "shared-lock")),
     ]
     return (table for table in tables if table[2])
 
@@ -124,6 +133,18 @@ def _dispatcher_rows(results: Results) -> list[Row]:
             if rate and cost:
                 ratio = results.ratio("dispatcher", (name, chats), ("memory", chats))
                 rows.append((contender.title, str(chats), *_rate(rate), _ratio(ratio), f"{cost.median:.0f}"))
+    return rows
+
+
+def _lock_rows(results: Results, kind: str) -> list[Row]:
+    rows = []
+    for chats in results.chats(kind):
+        for name, title in _ISOLATIONS.items():
+            rate = results.spread(kind, name, chats)
+            cost = results.spread(kind, name, chats, "cpu_us")
+            if rate and cost:
+                ratio = results.ratio(kind, (name, chats), (BASE, chats))
+                rows.append((title, str(chats), *_rate(rate), _ratio(ratio), f"{cost.median:.0f}"))
     return rows
 
 

@@ -100,7 +100,7 @@ async def test_after_a_killed_holder_the_next_one_enters_when_the_lease_ran_out(
     isolate: Isolate, database: str, launcher: Launcher, notes: Path
 ) -> None:
     lease = 2.0
-    pid = launcher.start("hold_for_ever", database, str(notes), lease)
+    pid = await asyncio.to_thread(launcher.start, "hold_for_ever", database, str(notes), lease)
     await asyncio.to_thread(wait_for, lambda: notes.exists() and "wrote 1\n" in notes.read_text())
     await asyncio.to_thread(launcher.kill, pid)
     entered = int(notes.read_text().split()[1]) / 1e9
@@ -115,7 +115,7 @@ async def test_a_holder_that_was_stopped_for_two_lease_times_is_refused(
     isolate: Isolate, storage: DjangoStorage, database: str, launcher: Launcher, notes: Path
 ) -> None:
     lease = 3.0
-    pid = launcher.start("hold_for_ever", database, str(notes), lease)
+    pid = await asyncio.to_thread(launcher.start, "hold_for_ever", database, str(notes), lease)
     await asyncio.to_thread(wait_for, lambda: notes.exists() and "wrote 20\n" in notes.read_text(), 20)
     os.kill(pid, signal.SIGSTOP)
     try:
