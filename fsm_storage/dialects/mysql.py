@@ -31,6 +31,7 @@ from fsm_storage.dialects import mysql_leases as leases
 from fsm_storage.dialects import mysql_peers as peers
 from fsm_storage.dialects import mysql_sql as sql
 from fsm_storage.dialects.rows import Expired, Row, Work, lapsed_of
+from fsm_storage.exceptions import LeaseLost
 from fsm_storage.patches import EMPTY, Content
 
 # 1020, 1213 and 1614 deadlocks and the like, 1205 and 3572 a lock, 1062 a key that somebody made meanwhile,
@@ -81,11 +82,17 @@ class MySQL:
             absent = [key for key in missing if key not in locked]
             if absent:
                 yield Statement(sql.NOBODY_MAKES, (scope.alias, absent), is_quiet=True)
+        fences = {write.fence for write in writes if write.fence is not None}
+        lost = (yield from leases.lost(fences, scope)) if fences else fences
         flaw = partial(_flaw, packet=packet, is_rounding=is_rounding, is_full=scope.history == "full")
         work = Work(scope, now, flaw)
         nothing = Row(now, None, 0, None, EMPTY, None, None)
         replies: list[WriteReply] = [
-            LOCKED if write.key in locked else work.add(write, found.get(write.key, nothing))
+            LOCKED
+            if write.key in locked
+            else LeaseLost(write.fence.key)
+            if write.fence is not None and write.fence in lost
+            else work.add(write, found.get(write.key, nothing))
             for write in writes
         ]
         yield from _written(packet, _statements(work, packet))

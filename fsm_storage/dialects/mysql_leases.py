@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from fsm_storage.dialects import Claim, Plan, Scope, Statement
+from fsm_storage.dialects import Claim, Fence, Plan, Scope, Statement
 from fsm_storage.dialects.mysql_sql import Many
 
 _EPOCH = "TIMESTAMP('1970-01-01')"
@@ -32,6 +32,10 @@ _DELETE = "DELETE FROM fsm_storage_lease WHERE id IN %s"
 _EXPIRED = """
 SELECT id FROM fsm_storage_lease WHERE alias = %s AND expires_at <= UTC_TIMESTAMP(6)
 LIMIT %s FOR UPDATE SKIP LOCKED
+"""
+# Who takes a lease over waits for the lock, so it begins after all that was written under the lease.
+_FENCED = """
+SELECT `key`, token FROM fsm_storage_lease WHERE alias = %s AND `key` IN %s ORDER BY `key` LOCK IN SHARE MODE
 """
 
 
@@ -66,6 +70,12 @@ def claim(claims: Sequence[Claim], scope: Scope) -> Plan[list[int | None]]:
     if deletes:
         yield Statement(_DELETE, (deletes,), is_quiet=True)
     return replies
+
+
+def lost(fences: Collection[Fence], scope: Scope) -> Plan[set[Fence]]:
+    """Return those of `fences` whose lease is another's by now."""
+    rows = yield Statement(_FENCED, (scope.alias, [fence.key for fence in fences]))
+    return set(fences) - {Fence(*row) for row in rows}
 
 
 def _granted(one: Claim, lease: _Held | None, now: int) -> int | None:

@@ -29,7 +29,7 @@ from fsm_storage.models import FSMLease
 from tests.database.conftest import Launcher, Statements, wait_for
 from tests.database.writers import key_of
 from tests.rows import in_thread, record
-from tests.servers import Postgres
+from tests.servers import Mariadb, Postgres
 
 Isolate = Callable[..., DjangoEventIsolation]
 
@@ -341,19 +341,19 @@ async def test_a_handler_does_not_run_while_the_database_is_away(
 
 @pytest.mark.slow
 async def test_a_killed_server_is_a_clear_error_and_the_lock_works_again_after_it(
-    own_database: str, own_postgres: Postgres
+    own_database: str, own_server: Postgres | Mariadb
 ) -> None:
     storage = DjangoStorage(own_database, database=own_database, timeout=3.0)
     isolation = storage.create_isolation()
     async with isolation.lock(key_of(1)):
         pass
-    await asyncio.to_thread(own_postgres.kill)
+    await asyncio.to_thread(own_server.kill)
     began = time.monotonic()
     with pytest.raises((StorageUnavailable, StorageTimeout)):
         async with isolation.lock(key_of(2)):
             pytest.fail("it entered")
     assert time.monotonic() - began < 4
-    await asyncio.to_thread(own_postgres.start)
+    await asyncio.to_thread(own_server.start)
     async with isolation.lock(key_of(2)):
         pass
     await storage.close()
