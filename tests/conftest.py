@@ -44,7 +44,7 @@ def on(alias: str) -> Any:
     return pytest.param(alias, id="sqlite" if alias == "default" else alias, marks=mark)
 
 
-SQLITE, POSTGRES = on("default"), on("postgres")
+SQLITE, POSTGRES, POSTGRES16 = on("default"), on("postgres"), on("postgres16")
 NO_MARIADB = missing_for_mariadb()
 # In CI a missing server is a failure: see `database`.
 SKIP_MARIADB = pytest.mark.skipif(bool(NO_MARIADB) and "CI" not in os.environ, reason=NO_MARIADB)
@@ -68,6 +68,16 @@ def postgres_server() -> Iterator[Postgres]:
         fsync="off"
     )  # what a killed server wrote survives all the same; a power cut is not tested
     django_settings.DATABASES["postgres"]["HOST"] = server.host
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="session")
+def postgres16_server() -> Iterator[Postgres]:
+    """An older PostgreSQL, for the contract of the storage."""
+    server = Postgres(django_settings.TEST_DIR / "pg16", version=16)
+    server.configure(fsync="off")
+    django_settings.DATABASES["postgres16"]["HOST"] = server.host
     yield server
     server.remove()
 
@@ -102,7 +112,7 @@ def redis_url(redis_server: RedisServer) -> str:
 @pytest.fixture(scope="session")
 def django_db_modify_db_settings(request: pytest.FixtureRequest) -> None:
     """Start the servers before pytest-django makes the test databases, those that a test of this run asks for."""
-    for alias in ("postgres", "mariadb"):
+    for alias in ("postgres", "postgres16", "mariadb"):
         if any(_needs(item, alias) for item in request.session.items):
             request.getfixturevalue(f"{alias}_server")
 

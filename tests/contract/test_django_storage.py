@@ -4,12 +4,21 @@ from collections.abc import Callable
 
 import pytest
 from aiogram.fsm.storage.base import BaseStorage
+from django.db import connections
 
 from fsm_storage import DjangoStorage
 from fsm_storage.testing import LIFETIME, StorageContract
+from tests.conftest import MARIADB, NO_MARIADB, POSTGRES, POSTGRES16, SQLITE
 from tests.rows import in_thread, let_time_pass
 
 Make = Callable[..., DjangoStorage]
+
+
+@pytest.fixture(params=[SQLITE, POSTGRES, POSTGRES16, MARIADB])
+def database(request: pytest.FixtureRequest) -> str:
+    if request.param == "mariadb" and NO_MARIADB:
+        pytest.fail(NO_MARIADB)
+    return request.param
 
 
 class DjangoContract(StorageContract):
@@ -53,3 +62,8 @@ class TestInTransaction(DjangoContract, without=SAME):
     """Without worker threads: the way of a Django `TestCase`."""
 
     options = {"in_transaction": True}
+
+
+@pytest.mark.parametrize("database", [POSTGRES16], indirect=True)
+def test_the_older_postgresql_is_16(database: str) -> None:
+    assert connections[database].pg_version // 10_000 == 16
