@@ -50,12 +50,22 @@ def add_fields(url: str, path: str, who: str, kind: str, start_at: str) -> None:
 def write_and_be_killed(url: str, path: str, rounds: str) -> None:
     """Fork a writer and kill it at any moment, again and again."""
     for number in range(int(rounds)):
+        size = os.path.getsize(path) if number else 0
         pid = os.fork()
         if not pid:
             asyncio.run(_write_for_ever(url, path, number * 100))
-        time.sleep(random.uniform(0.05, 0.25))
+        _wait_for_growth(path, size)
+        time.sleep(random.uniform(0, 0.2))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def _wait_for_growth(path: str, size: int) -> None:
+    """Wait until something was acknowledged: on a busy machine that may take a while."""
+    deadline = time.monotonic() + 20
+    while not os.path.exists(path) or os.path.getsize(path) == size:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 async def _write_for_ever(url: str, path: str, first_chat: int) -> None:
