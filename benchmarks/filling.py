@@ -106,7 +106,7 @@ _ROLLUPS = [
 _SPAN = """
 CREATE FUNCTION pg_temp.span(stay interval) RETURNS int IMMUTABLE LANGUAGE sql AS $$
     SELECT CASE WHEN stay IS NULL THEN -1 WHEN stay < interval '1 second' THEN 0
-        ELSE 1 + floor(ln(extract(epoch FROM stay)::float8) / ln(sqrt(2::float8)))::int END
+        ELSE 1 + floor(ln(extract(epoch FROM stay)::float8) / ln(2::float8))::int END
 $$
 """
 

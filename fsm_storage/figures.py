@@ -105,8 +105,11 @@ def traffic(scope: Scope) -> Traffic:
     return Traffic(edges, stays, freshness)
 
 
-def funnel(states: Sequence[str], scope: Scope) -> Funnel:
-    """Count how many of the conversations that began in a window first came into these states in this order."""
+def funnel(states: Sequence[str], scope: Scope, *, has_times: bool = True) -> Funnel:
+    """Count how many of the conversations that began in a window first came into these states in this order.
+
+    Without `has_times`, there are no times between the steps.
+    """
 
     def read(pending: Count | None) -> tuple[list[int], dict[UUID, int], dict[tuple[str, str], Counter[int]]]:
         reached, depths = [0] * len(states), {}
@@ -114,12 +117,12 @@ def funnel(states: Sequence[str], scope: Scope) -> Funnel:
             depths[path] = depth = depth_of(found, states)
             for step in range(depth):
                 reached[step] += count
-        return reached, depths, _spans(states, scope, pending)
+        return reached, depths, _spans(states if has_times else [], scope, pending)
 
     (reached, depths, spans), freshness = _with_what_came_since(read)
     pairs = zip([None, *states], states, strict=False)
     steps = [
-        Step(state, count, spans[before, state] if before is not None else Counter())
+        Step(state, count, Counter() if before is None else spans.get((before, state), Counter()))
         for (before, state), count in zip(pairs, reached, strict=True)
     ]
     return Funnel(steps, depths, freshness)
@@ -201,6 +204,8 @@ def _paths(scope: Scope, pending: Count | None) -> list[tuple[UUID, list[str], i
 
 def _spans(states: Sequence[str], scope: Scope, pending: Count | None) -> dict[tuple[str, str], Counter[int]]:
     pairs = {pair: Counter[int]() for pair in pairwise(states)}
+    if not pairs:
+        return {}
     which = FSMHourlyMove.objects.within(*scope).filter(kind=_KINDS.REACH, from_state__in=states)
     for _, source, target, span, count in [*which.summed(), *_pending_moves(pending, scope, [_KINDS.REACH])]:
         if source is not None and target is not None and (source, target) in pairs:

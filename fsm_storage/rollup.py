@@ -23,7 +23,7 @@ from fsm_storage.models import FSMTransition, UtcNow
 from fsm_storage.tallies import FSMHourlyMove, FSMHourlyPath, FSMRollupMark, FSMRun
 
 UNKNOWN_SPAN = -1
-SPAN_GROWTH = math.sqrt(2)
+SPAN_GROWTH = 2.0
 MAX_ENTRIES = 32
 """A run's path ends here: each further state would be counted with all those before it."""
 

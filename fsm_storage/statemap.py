@@ -8,7 +8,7 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import NamedTuple
 
-from fsm_storage.discovery import declared_states, group_of, is_within
+from fsm_storage.discovery import declared_states, group_of
 from fsm_storage.figures import Freshness, Scope, median, traffic
 from fsm_storage.graph import Edge, Graph, graph_of
 from fsm_storage.models import FSMRecord
@@ -63,11 +63,16 @@ class StateMap(NamedTuple):
     freshness: Freshness = Freshness(True, None)
 
 
-def state_map(scope: Scope, group: str | None = None, also: Iterable[Way] = ()) -> StateMap:
-    """Return the map of a group, or of all states; the ways `also` are on it even if nobody took them lately."""
+def state_map(
+    scope: Scope, known: Iterable[str], group: str | None = None, also: Iterable[Way] = ()
+) -> StateMap:
+    """Return the map of a group, or of all states: those that are `known`, and those that somebody came through.
+
+    The ways `also` are on it even if nobody took them lately.
+    """
     moved, also = traffic(scope), list(also)
     walked = [Edge(_state(source), _state(target), 0) for source, target in also]
-    found = graph_of(declared_states(), dict.fromkeys(_in_use(), 0), [*moved.edges, *walked], group)
+    found = graph_of(declared_states(), dict.fromkeys(known, 0), [*moved.edges, *walked], group)
     shown = map_of(found)
     shown.arrows.update(dict.fromkeys(also, 0))
     nodes = [_counted(node, scope, moved.stays.get(node.place.state, Counter())) for node in shown.nodes]
@@ -86,16 +91,16 @@ def map_of(found: Graph) -> StateMap:
     return StateMap(_with_ends(nodes, arrows), arrows)
 
 
-def states_known(also: Iterable[str] = (), group: str | None = None) -> list[str]:
-    """Return the declared states, then the others in the table or in `also`; those of a group, if one is given."""
+def states_known(also: Iterable[str] = ()) -> list[str]:
+    """Return the declared states, then the others in the table or in `also`."""
     declared = declared_states().states
-    others = sorted({*_in_use(), *also} - set(declared))
-    return [state for state in [*declared, *others] if group is None or is_within(group, state)]
+    found = FSMRecord.objects.states_in_use(UNDECLARED_LIMIT + len(declared))
+    return [*declared, *sorted({*found, *also} - set(declared))]
 
 
-def groups_known() -> list[str]:
-    """Return the full names of all groups, the declared ones first."""
-    return list(dict.fromkeys(group_of(state) for state in states_known()))
+def groups_of(states: Iterable[str]) -> list[str]:
+    """Return the full names of the groups of these states."""
+    return list(dict.fromkeys(map(group_of, states)))
 
 
 def way_of(source: str | None, target: str | None, is_expiry: bool) -> Way:
@@ -109,10 +114,6 @@ def _place(state: str | None, otherwise: Kind) -> Place:
 
 def _state(place: Place) -> str | None:
     return place.state if place.kind is Kind.STATE else None
-
-
-def _in_use() -> list[str]:
-    return FSMRecord.objects.states_in_use(UNDECLARED_LIMIT + len(declared_states().states))
 
 
 def _with_ends(nodes: Iterable[Node], arrows: Iterable[Way]) -> list[Node]:

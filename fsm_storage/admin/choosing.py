@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from django.utils.translation import gettext_lazy
 from fsm_storage.admin.filters import BOTS_SAMPLE, NO_GROUP, from_parameter, to_parameter
 from fsm_storage.figures import WINDOWS, Scope, window_start
 from fsm_storage.models import FSMRecord
-from fsm_storage.statemap import groups_known
+from fsm_storage.statemap import groups_of
 
 DEFAULT_WINDOW = "24h"
 _WORDS: dict[str, str | Promise] = {
@@ -83,10 +84,10 @@ def choice_of(request: HttpRequest) -> Choice:
     )
 
 
-def offers(choice: Choice) -> dict[str, Any]:
-    """Return what the form offers, for its template."""
+def offers(choice: Choice, states: Iterable[str]) -> dict[str, Any]:
+    """Return what the form offers, of the groups of `states`, for its template."""
     bots = {*FSMRecord.objects.bots_seen(BOTS_SAMPLE), *([] if choice.bot is None else [choice.bot])}
-    groups = [*groups_known(), *([] if choice.group is None else [choice.group])]
+    groups = [*groups_of(states), *([] if choice.group is None else [choice.group])]
     chosen_group = "" if choice.group is None else group_parameter(choice.group)
     return {
         "choice": {

@@ -22,11 +22,12 @@ from fsm_storage.admin.choosing import Choice, choice_of, offers
 from fsm_storage.admin.filters import from_parameter, to_parameter
 from fsm_storage.admin.mapping import MappingMixin
 from fsm_storage.admin.presentation import badge, instant, local
+from fsm_storage.discovery import is_within
 from fsm_storage.durations import in_words
 from fsm_storage.figures import Funnel, funnel, median, runs_with
 from fsm_storage.keys import MAX_STATE_LENGTH
 from fsm_storage.models import FSMRecord, FSMRun
-from fsm_storage.statemap import groups_known, states_known
+from fsm_storage.statemap import groups_of, states_known
 
 MAX_STEPS = 12
 PEOPLE_PER_PAGE = 100
@@ -81,10 +82,10 @@ class FunnelMixin(MappingMixin):
 
     def funnel_view(self, request: HttpRequest) -> HttpResponse:
         """Show the funnel through the chosen states, in the chosen order."""
-        choice, steps, errors = self._asked(request)
+        choice, steps, errors, known = self._asked(request)
         found = funnel(steps, choice.scope) if steps else None
         rows = rows_of(found) if found else []
-        states = states_known(steps, choice.group)
+        states = [state for state in known if choice.group is None or is_within(choice.group, state)]
         context = {
             "title": _("Funnel"),
             "rows": [self._shown(row, at, choice, steps) for at, row in enumerate(rows)],
@@ -93,7 +94,7 @@ class FunnelMixin(MappingMixin):
             "csv_url": f"{self._url('csv')}?{self._query(choice, steps)}"
             if rows and self.has_export_permission(request)
             else "",
-            **offers(choice),
+            **offers(choice, known),
             "more_fields": _step_fields(steps, states),
             "errors": (*choice.errors, *errors),
         }
@@ -101,10 +102,10 @@ class FunnelMixin(MappingMixin):
 
     def people_view(self, request: HttpRequest) -> HttpResponse:
         """List the conversations behind a number of the funnel, the last one first."""
-        choice, steps, errors = self._asked(request)
+        choice, steps, errors, _known = self._asked(request)
         at, before = _step_asked(request, len(steps)), _place_asked(request)
         only_left = request.GET.get("who") == "left"
-        found = funnel(steps, choice.scope)
+        found = funnel(steps, choice.scope, has_times=False)
         fits = [path for path, depth in found.depths.items() if (depth == at if only_left else depth >= at)]
         runs = runs_with(fits, choice.scope, PEOPLE_PER_PAGE + 1, before) if at else []
         more, runs = len(runs) > PEOPLE_PER_PAGE, runs[:PEOPLE_PER_PAGE]
@@ -125,7 +126,7 @@ class FunnelMixin(MappingMixin):
         """Give the figures of the funnel as a file."""
         if not self.has_export_permission(request):
             raise PermissionDenied
-        choice, steps, _errors = self._asked(request)
+        choice, steps, _errors, _known = self._asked(request)
         response = HttpResponse(content_type="text/csv; charset=utf-8")
         response["Content-Disposition"] = content_disposition_header(True, "funnel.csv")
         writer = csv.writer(response)
@@ -144,8 +145,11 @@ class FunnelMixin(MappingMixin):
             writer.writerow([at, as_cell(row.state), *numbers])
         return response
 
-    def _asked(self, request: HttpRequest) -> tuple[Choice, list[str], list[str]]:
-        """Return what was chosen; without steps, the declared ones of the group, or of the first group."""
+    def _asked(self, request: HttpRequest) -> tuple[Choice, list[str], list[str], list[str]]:
+        """Return what was chosen, and all known states.
+
+        Without steps, or with those of another group, they are the states of the group, or of the first one.
+        """
         if not self.has_view_or_change_permission(request):
             raise PermissionDenied
         choice, errors = choice_of(request), []
@@ -158,13 +162,13 @@ class FunnelMixin(MappingMixin):
                 _("A funnel has at most %(count)d steps, each the name of a state.") % {"count": MAX_STEPS}
             )
             steps = [step for step in steps if len(step) <= MAX_STATE_LENGTH][:MAX_STEPS]
+        known = states_known(steps)
         if choice.group is None:
-            choice = choice._replace(group=next(iter(groups_known()), None))
-        if not steps and choice.group is not None:
-            steps = states_known((), choice.group)[:MAX_STEPS]
-        elif steps and not set(steps) & set(states_known(steps, choice.group)):
-            steps = states_known((), choice.group)[:MAX_STEPS]  # another group was chosen
-        return choice, steps, errors
+            choice = choice._replace(group=next(iter(groups_of(known)), None))
+        within = [state for state in known if choice.group is not None and is_within(choice.group, state)]
+        if not set(steps) & set(within):
+            steps = within[:MAX_STEPS]
+        return choice, steps, errors, known
 
     def _query(self, choice: Choice, steps: Sequence[str], **more: Any) -> str:
         return choice.query(step=[to_parameter(step) for step in steps], **more)

@@ -19,7 +19,7 @@ from fsm_storage.admin.presentation import ago, badge, clock_of
 from fsm_storage.durations import in_words
 from fsm_storage.models import FSMRecord, FSMTransition
 from fsm_storage.picture import NO_WALK, Walk, live_text, name_of, picture
-from fsm_storage.statemap import STAYS, Kind, Place, StateMap, state_map, way_of
+from fsm_storage.statemap import STAYS, Kind, Place, StateMap, state_map, states_known, way_of
 
 if TYPE_CHECKING:
     from django.contrib.admin import ModelAdmin
@@ -46,7 +46,8 @@ class MappingMixin(Base):
         choice = choice_of(request)
         replay = self._replay(request, choice) if "record" in request.GET else None
         way = replay["way"] if replay else []
-        shown = state_map(choice.scope, None if replay else choice.group, [w for _row, w in way])
+        known = states_known()
+        shown = state_map(choice.scope, known, None if replay else choice.group, [w for _row, w in way])
         walk = replay["walk"] if replay else NO_WALK
         context = {
             "title": _("Map"),
@@ -58,7 +59,7 @@ class MappingMixin(Base):
             "funnel_url": f"{self._url('funnel')}?{choice.query()}",
             "offers_all_groups": True,
             **self._tables(shown, choice),
-            **offers(choice),
+            **offers(choice, known),
         }
         if replay:
             context["kept"] = [("record", replay["record"].pk), ("step", replay["at"])]
