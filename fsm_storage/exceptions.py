@@ -180,6 +180,14 @@ class VersionConflict(FSMStorageError):
         self.key, self.expected, self.found = key, expected, found
 
 
+class RedisConflict(VersionConflict):
+    """Redis holds something else than the record that was read: the mirror is behind, or the bot was faster."""
+
+    def __init__(self, key: str, expected: int) -> None:
+        super().__init__(key, expected, None)
+        self.args = (f"{key!r} changed meanwhile: Redis holds something else than version {expected}",)
+
+
 class NotEditable(FSMStorageError):
     """The record's alias is not configured, or its storage cannot be edited from Django."""
 

@@ -44,6 +44,11 @@ def missed_name(alias: str) -> str:
     return f"fsm_storage:{{{alias}}}:missed"
 
 
+def aside_name(alias: str) -> str:
+    """Return the name of the stream of entries that can never be applied, each with the reason."""
+    return f"fsm_storage:{{{alias}}}:aside"
+
+
 class Record(NamedTuple):
     """One write of one part. `value` None: removed. `ttl_ms` None: kept for ever.
 

@@ -129,6 +129,12 @@ def _imported(value: Any) -> tuple[Any, str | None]:
         return None, f"{value!r} cannot be imported ({error})"
 
 
+def _mirror(value: Any) -> str | None:
+    if isinstance(value, bool) or value == "apart":
+        return None
+    return f"must be True, False or 'apart', not {value!r}"
+
+
 def _flag(value: Any) -> str | None:
     return None if isinstance(value, bool) else f"must be True or False, not {value!r}"
 
@@ -151,7 +157,7 @@ _RULES: dict[str, Callable[[Any], str | None]] = {
     "max_pending": _count,
     "batch_size": _count,
     "in_transaction": _flag,
-    "mirror": _flag,
+    "mirror": _mirror,
     "outbox_bytes": _count,
     "expiry": _expiry,
 }

@@ -7,19 +7,22 @@ import json
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from aiogram.fsm.storage.base import BaseStorage, DefaultKeyBuilder, KeyBuilder, StateType, StorageKey
 from aiogram.fsm.storage.redis import RedisEventIsolation
+from asgiref.sync import async_to_sync
 from django.core.checks import CheckMessage
+from django.utils.module_loading import import_string
 from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, RedisError
 
 from fsm_storage.backends.arguments import TtlOption, own_ttl
 from fsm_storage.backends.merging import Merge, Merger
 from fsm_storage.backends.options import checked_options, loaded
 from fsm_storage.backends.pipeline import Pipeline
+from fsm_storage.backends.redis_editing import RedisEditor, Wish, wait_for_mirror
 from fsm_storage.backends.redis_options import check_redis_options, client
 from fsm_storage.backends.wire import Wire, is_passing, wire_for
 from fsm_storage.backends.writing import (
@@ -34,10 +37,19 @@ from fsm_storage.backends.writing import (
 )
 from fsm_storage.codec import Dumps, Loads, WireCodec
 from fsm_storage.dialects import History
-from fsm_storage.exceptions import CorruptData, InvalidStorageError, RedisUnavailable, StorageClosed
+from fsm_storage.exceptions import (
+    CorruptData,
+    InvalidStorageError,
+    NotEditable,
+    RedisUnavailable,
+    StorageClosed,
+)
 from fsm_storage.keys import check_key, check_key_text, state_text
 from fsm_storage.outbox import DATA, STATE, Part, Record, missed_name, stream_name
 from fsm_storage.patches import EMPTY, KEEP, Keep, Ttl, ttl_seconds
+
+if TYPE_CHECKING:
+    from fsm_storage.models import FSMRecord
 
 OUTBOX_BYTES = 256 * 1024 * 1024
 _MEASURE_SECONDS = 0.5
@@ -56,7 +68,8 @@ class RedisStorage(BaseStorage):
       which leaves out the bot and the business connection.
     - `state_ttl`, `data_ttl`: seconds or timedelta; each write of a part restarts its time. None: for ever.
     - `json_loads`, `json_dumps`: functions, or their dotted paths.
-    - `mirror`: False is Redis alone.
+    - `mirror`: True mirrors in this process too; "apart" leaves that to `manage.py fsm_mirror`; False is
+      Redis alone.
     - `alias`: names the outbox, and is part of each mirrored record's identity.
     - `database`: the alias in `DATABASES` of the mirror; `history`: as of `DjangoStorage`, for the mirror.
     - `timeout`: seconds that an operation may wait, retries included.
@@ -78,7 +91,7 @@ class RedisStorage(BaseStorage):
         json_loads: Loads | str = json.loads,
         json_dumps: Dumps | str = json.dumps,
         *,
-        mirror: bool = True,
+        mirror: bool | Literal["apart"] = True,
         alias: str = "default",
         database: str = "default",
         history: History = "states",
@@ -97,7 +110,7 @@ class RedisStorage(BaseStorage):
             },
         )  # fmt: skip
         try:
-            self.redis = client(redis, url, connection_kwargs, mirror=mirror)
+            self.redis = client(redis, url, connection_kwargs, mirror=bool(mirror))
         except (InvalidStorageError, ImportError) as error:
             raise InvalidStorageError(f"storage {alias!r}: {error}") from error
         self.key_builder: KeyBuilder = loaded(key_builder, called=True) or DefaultKeyBuilder()
@@ -111,6 +124,7 @@ class RedisStorage(BaseStorage):
         self._limits = (timeout, max_pending, outbox_bytes)
         self._sides: dict[asyncio.AbstractEventLoop, _Side] = {}
         self._lock = threading.Lock()
+        self._mirroring: Mirroring | None = None
         self.closed = False
 
     @classmethod
@@ -177,9 +191,12 @@ class RedisStorage(BaseStorage):
     async def close(self) -> None:
         """Finish what was accepted, for `timeout` seconds at the most, refuse what comes later, and close `redis`."""
         own = self._sides.get(asyncio.get_running_loop())
-        self.shut()
+        self._refuse()
         if own is not None:
             await own.close()
+        if self._mirroring is not None:
+            self._mirroring.stop()
+            await asyncio.to_thread(self._mirroring.join, self._limits[0])
         if isinstance(self.redis, RedisCluster):
             await self.redis.aclose()
         else:
@@ -187,6 +204,54 @@ class RedisStorage(BaseStorage):
 
     def shut(self) -> None:
         """Refuse what comes later, from synchronous code; what was accepted is finished on its event loop."""
+        self._refuse()
+        if self._mirroring is not None:
+            self._mirroring.stop()
+            self._mirroring.join(self._limits[0])
+
+    def edit(
+        self,
+        records: Sequence[FSMRecord],
+        *,
+        state: StateType | Keep = KEEP,
+        data: Mapping[str, Any] | Keep = KEEP,
+        state_ttl: TtlOption | Keep = KEEP,
+        data_ttl: TtlOption | Keep = KEEP,
+        if_versions: Sequence[int] | None = None,
+        by: Any = None,
+        source: str = "admin",
+    ) -> int:
+        """Change mirrored records from synchronous code: in Redis, from where the mirror brings it back.
+
+        See `FSMRecord.edit`, which is how to call it. Each record by itself is changed whole or not at all;
+        those before one that raises are changed. With `if_versions`, only where Redis holds what the record
+        shows. Redis knows nothing of a transaction of Django: what is written there is not rolled back.
+        """
+        if not self.mirror:
+            raise NotEditable(self.alias, "it is not mirrored")
+        wish = Wish(state, data, state_ttl, data_ttl, by, source)
+        versions: Sequence[int | None] = [None] * len(records) if if_versions is None else if_versions
+        changed = async_to_sync(self._edit)(list(zip(records, versions, strict=True)), wish)
+        wait_for_mirror(self.database, self.alias, changed)
+        return len(changed)
+
+    async def _edit(self, records: Sequence[tuple[FSMRecord, int | None]], wish: Wish) -> dict[str, int]:
+        wire = wire_for(self.redis)
+        editor = RedisEditor(wire, self.alias, self.key_builder, self.codec, self._ttl_ms)
+        changed = {}
+        try:
+            async with asyncio.timeout(self._limits[0]):
+                for record, if_version in records:
+                    version = await editor.edit(record, wish, if_version)
+                    if version is not None:
+                        changed[record.key] = version
+        except (RedisError, OSError, TimeoutError) as error:
+            raise RedisUnavailable(self.alias, error) from error
+        finally:
+            await wire.hang_up()
+        return changed
+
+    def _refuse(self) -> None:
         self.closed = True
         with self._lock:
             sides = list(self._sides.values())
@@ -216,9 +281,29 @@ class RedisStorage(BaseStorage):
             # Short-lived loops (async_to_sync) leave theirs behind.
             for old in [old for old in self._sides if old.is_closed()]:
                 del self._sides[old]
+            self._start_mirroring()
             outbox = Outbox(stream_name(self.alias), missed_name(self.alias)) if self.mirror else None
             side = self._sides[loop] = _Side(self.redis, self.codec, outbox, self.alias, self._limits)
             return side
+
+    def _start_mirroring(self) -> None:
+        """Mirror in this process, unless something else does. A fork has no threads, so it gets one of its own."""
+        if self.mirror is True and (self._mirroring is None or not self._mirroring.is_alive()):
+            # By its dotted path: the mirror stands on this room.
+            self._mirroring = cast(Mirroring, import_string("fsm_storage.mirror.worker.MirrorThread")(self))
+            self._mirroring.start()
+
+
+class Mirroring(Protocol):
+    """A thread that mirrors a storage."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def join(self, timeout: float | None = None) -> None: ...
+
+    def is_alive(self) -> bool: ...
 
 
 class _Side:

@@ -47,10 +47,18 @@ class Fence(NamedTuple):
     token: int
 
 
+class AsOf(NamedTuple):
+    """When a write was really made, elsewhere: `age` seconds ago. `version` is the record's from then on."""
+
+    version: int
+    age: float
+
+
 class Write(NamedTuple):
     """Apply a patch to a key. With `if_version`, only to a record at that version; 0: if there is none.
 
     With a `fence`, only while its lease is in the table; else the reply is `LeaseLost`.
+    With `as_of`, only to a record at a smaller version; else the answer is `VersionConflict`.
     """
 
     key: str
@@ -60,6 +68,7 @@ class Write(NamedTuple):
     data_ttl: Ttl = NEVER
     if_version: int | None = None
     fence: Fence | None = None
+    as_of: AsOf | None = None
 
 
 class Lapse(NamedTuple):

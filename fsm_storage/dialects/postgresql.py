@@ -14,6 +14,7 @@ from fsm_storage.codec import outside_strings
 from fsm_storage.dialects import (
     LOCKED,
     NOTHING_SPARED,
+    AsOf,
     Change,
     Fence,
     Lapse,
@@ -80,6 +81,7 @@ class _Batched(NamedTuple):
     data_ttl: Any
     if_version: int | None
     fence: Fence | None
+    as_of: AsOf | None
     over: str | None
 
 
@@ -149,7 +151,18 @@ class PostgreSQL:
         params.update(
             zip(sql.COMMON, common[0] if alike else map(list, zip(*common, strict=True)), strict=True)
         )
-        rows = yield Statement(sql.WRITES[scope.history, wait, scope.tells, alike, fenced], params)
+        made_elsewhere = [write.as_of for write in writes if write.as_of is not None]
+        if made_elsewhere:
+            params.update(zip(sql.AS_OF, map(list, zip(*made_elsewhere, strict=True)), strict=True))
+        text = sql.write(
+            scope.history,
+            wait=wait,
+            tells=scope.tells,
+            alike=alike,
+            fenced=fenced,
+            as_of=bool(made_elsewhere),
+        )
+        rows = yield Statement(text, params)
         by_key = {row[0]: row for row in rows}
         return [_reply(write, by_key[write.key]) for write in writes]
 
@@ -198,8 +211,10 @@ def _over(patch: Patch, scope: Scope) -> str | None:
 
 def _lone(write: Write, scope: Scope) -> Statement | None:
     """Return the one upsert that does `write`, if it is plain enough for one."""
-    key, parts, patch, state_ttl, data_ttl, if_version, fence = write
-    if if_version is not None or state_ttl.renew or data_ttl.renew or state_ttl.keep or data_ttl.keep:
+    key, parts, patch, state_ttl, data_ttl, if_version, fence, as_of = write
+    if if_version is not None or as_of is not None:
+        return None
+    if state_ttl.renew or data_ttl.renew or state_ttl.keep or data_ttl.keep:
         return None
     ttl, data = (state_ttl if patch.state is not KEEP else data_ttl).seconds, None
     if isinstance(patch.state, str) and not patch.touches_data and scope.history != "full":
@@ -231,7 +246,8 @@ def _reply(write: Write, row: tuple[Any, ...]) -> WriteReply:
     if is_lost and write.fence is not None:
         return LeaseLost(write.fence.key)
     if is_stale:
-        return VersionConflict(write.key, write.if_version or 0, found)
+        expected = write.if_version or 0 if write.as_of is None else write.as_of.version
+        return VersionConflict(write.key, expected, found)
     if is_corrupt:
         return CorruptData(write.key, "no JSON object")
     if is_nothing:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from fsm_storage.codec import MAX_DEPTH
 from fsm_storage.dialects import TOGETHER
 
@@ -39,6 +41,8 @@ COMMON = {
     "renews_data": "boolean",
     "if_version": "bigint",
 }
+# What writes have that were made elsewhere before.
+AS_OF = {"as_version": "bigint", "age": "float8"}
 _KEY_COLUMNS = "key, bot_id, chat_id, user_id, thread_id, business_connection_id, destiny"
 
 # Nothing is laid over what cannot be read afterwards: no object, or one that another program nested
@@ -79,7 +83,7 @@ WITH input AS (
             WHEN i.renews_data THEN coalesce(o.live_data, '{{}}')
             ELSE coalesce(o.data, '{{}}')
         END AS new_data,
-        coalesce(i.if_version <> coalesce(o.version, 0), false) OR {is_lost} AS is_stale,
+        {stale} OR {is_lost} AS is_stale,
         {is_lost} AS is_lost
     FROM input i LEFT JOIN old o ON o.key = i.key
 ), new AS (
@@ -104,14 +108,14 @@ WITH input AS (
         state = n.new_state, state_expires_at = n.new_state_expires_at,
         data = CASE WHEN n.touches_data THEN n.new_data ELSE r.data END,
         data_expires_at = n.new_data_expires_at,
-        version = r.version + 1, updated_at = statement_timestamp()
+        version = {next_version}, updated_at = {at}
     FROM new n WHERE r.id = n.id AND NOT n.is_stale AND NOT n.is_corrupt
     RETURNING r.key, r.version
 ), inserted AS (
     INSERT INTO fsm_storage_record (alias, {key_columns}, state, data, state_expires_at, data_expires_at,
         version, created_at, updated_at)
     SELECT %(alias)s, {key_columns}, new_state, new_data, new_state_expires_at, new_data_expires_at,
-        (extract(epoch FROM statement_timestamp()) * 1000000)::bigint, statement_timestamp(), statement_timestamp()
+        {first_version}, {inserted_at}, {inserted_at}
     FROM new WHERE id IS NULL AND NOT is_nothing AND NOT is_stale{not_skipped}
     ORDER BY key
     ON CONFLICT DO NOTHING
@@ -144,7 +148,7 @@ _HISTORY = """, history AS (
         WHERE n.touches_state AND n.raw_state IS NOT NULL AND n.live_state IS NULL
         {data_expired}UNION ALL
         SELECT 2, n.live_state, CASE WHEN n.touches_state THEN n.new_state ELSE n.live_state END,
-            statement_timestamp(), %(source)s, %(actor)s, {before}, {after}
+            {at}, %(source)s, %(actor)s, {before}, {after}
         WHERE (n.touches_state AND n.live_state IS DISTINCT FROM n.new_state){or_data}
     ) t
     ORDER BY n.key, t.place
@@ -175,8 +179,20 @@ _NOT_SKIPPED = """
         AND NOT EXISTS (SELECT FROM fsm_storage_record e WHERE e.alias = %(alias)s AND e.key = new.key)"""
 
 
-def _write_sql(history: str, *, wait: bool, tells: bool, alike: bool, fenced: bool) -> str:
-    columns = (VARYING if alike else VARYING | COMMON) | (FENCE if fenced else {})
+_OTHER_VERSION = "coalesce(i.if_version <> coalesce(o.version, 0), false)"
+_OLDER = "coalesce(i.as_version <= o.version, false)"
+
+
+@cache
+def write(history: str, *, wait: bool, tells: bool, alike: bool, fenced: bool, as_of: bool) -> str:
+    """Return the statement for a batch.
+
+    `wait`: for locked rows. `tells`: what was there before. `alike`: the columns of `COMMON` are single values.
+    `fenced`, `as_of`: some write has a fence; all were made elsewhere.
+    """
+    columns = VARYING if alike else VARYING | COMMON
+    columns = columns | (FENCE if fenced else {}) | (AS_OF if as_of else {})
+    at = "statement_timestamp() - n.age * interval '1 second'" if as_of else "statement_timestamp()"
     names = ", ".join(columns)
     arrays = ", ".join(f"%({name})s::{type_}[]" for name, type_ in columns.items())
     singles = "".join(f", %({name})s::{type_} AS {name}" for name, type_ in COMMON.items()) if alike else ""
@@ -184,13 +200,13 @@ def _write_sql(history: str, *, wait: bool, tells: bool, alike: bool, fenced: bo
     if history == "states":
         null = "NULL::jsonb"
         note = _HISTORY.format(
-            unchanged=null, before=null, after=null, or_data="", data_expired="", old_too=""
+            unchanged=null, before=null, after=null, or_data="", data_expired="", old_too="", at=at
         )
     elif history == "full":
         or_data = f" OR (n.touches_data AND {_BEFORE} <> n.new_data)"
         note = _HISTORY.format(
             unchanged=_BEFORE, before=_BEFORE, after=_AFTER, or_data=or_data,
-            data_expired=_NOTE_DATA_EXPIRED, old_too=_OLD_TOO,
+            data_expired=_NOTE_DATA_EXPIRED, old_too=_OLD_TOO, at=at,
         )  # fmt: skip
     return _WRITE.format(
         names=names,
@@ -198,6 +214,13 @@ def _write_sql(history: str, *, wait: bool, tells: bool, alike: bool, fenced: bo
         singles=singles,
         key_columns=_KEY_COLUMNS,
         readable=_READABLE.format(data="o.live_data"),
+        at=at,
+        inserted_at=at.replace("n.age", "age"),
+        stale=_OLDER if as_of else _OTHER_VERSION,
+        next_version="n.as_version" if as_of else "r.version + 1",
+        first_version="as_version"
+        if as_of
+        else "(extract(epoch FROM statement_timestamp()) * 1000000)::bigint",
         skip="" if wait else "SKIP LOCKED",
         limit="" if wait else f"{_LOCK_LIMIT}, ",
         not_skipped="" if wait else _NOT_SKIPPED,
@@ -207,18 +230,6 @@ def _write_sql(history: str, *, wait: bool, tells: bool, alike: bool, fenced: bo
         told=_TOLD if tells else "",
         old_too=_OLD_TOO if tells else "",
     )
-
-
-WRITES = {
-    (history, wait, tells, alike, fenced): _write_sql(
-        history, wait=wait, tells=tells, alike=alike, fenced=fenced
-    )
-    for history in ("off", "states", "full")
-    for wait in (False, True)
-    for tells in (False, True)
-    for alike in (False, True)
-    for fenced in (False, True)
-}
 
 
 def fenced(lone: str) -> str:

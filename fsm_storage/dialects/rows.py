@@ -67,6 +67,8 @@ class Work:
         """Note what `write` does to `row`, and return its reply."""
         if write.if_version is not None and (row.version or 0) != write.if_version:
             return VersionConflict(write.key, write.if_version, row.version if row.id else None)
+        if write.as_of is not None and row.id is not None and row.version >= write.as_of.version:
+            return VersionConflict(write.key, write.as_of.version, row.version)
         old = (
             Content()
             if row.id is None
@@ -107,24 +109,28 @@ class Work:
         return Written(version, merged=merged, change=change)
 
     def _save(self, write: Write, row: Row, new: Content) -> int:
-        clock, parts = self.clock, write.parts
+        clock, parts, at = self.clock, write.parts, self._at(write)
         expiries = clock.write(new.state_expires_at), clock.write(new.data_expires_at)
         if row.id is None:
-            version = clock.version
+            version = clock.version if write.as_of is None else write.as_of.version
             self.inserts.append(
                 (
                     self.scope.alias, write.key, parts.bot_id, parts.chat_id, parts.user_id, parts.thread_id,
                     parts.business_connection_id, parts.destiny, new.state, new.data, *expiries, version,
-                    clock.text, clock.text,
+                    at, at,
                 )
             )  # fmt: skip
             return version
-        version = row.version + 1
+        version = row.version + 1 if write.as_of is None else write.as_of.version
         if new.data is row.data:
-            self.state_updates.append((new.state, *expiries, version, clock.text, row.id))
+            self.state_updates.append((new.state, *expiries, version, at, row.id))
         else:
-            self.updates.append((new.state, *expiries, version, clock.text, new.data, row.id))
+            self.updates.append((new.state, *expiries, version, at, new.data, row.id))
         return version
+
+    def _at(self, write: Write) -> str | None:
+        """Return when the write was made."""
+        return self.clock.text if write.as_of is None else self.clock.write(self.clock.now - write.as_of.age)
 
     def _note(self, write: Write, old: Content, new: Content) -> None:
         """Note the transitions: of an expiry that nobody swept before it was overwritten, then the change."""
@@ -140,7 +146,7 @@ class Work:
             self._add_transition(write, before, before, at, ("expiry", ""), valid(old.data), EMPTY)
         if before != after or (full and differ(data_before, data_after)):
             kept = (valid(data_before), valid(data_after)) if full else (None, None)
-            self._add_transition(write, before, after, self.clock.text, self.scope.cause, *kept)
+            self._add_transition(write, before, after, self._at(write), self.scope.cause, *kept)
 
     def _finds_state_expired(self, write: Write, old: Content) -> bool:
         touches_state = write.patch.state is not KEEP or write.state_ttl.renew

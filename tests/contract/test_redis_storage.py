@@ -21,7 +21,7 @@ class RedisContract(StorageContract, without={"keys"}):
         made: list[RedisStorage] = []
 
         def make(**options: Any) -> RedisStorage:
-            made.append(RedisStorage.from_url(redis_url, **{**self.options, **options}))
+            made.append(RedisStorage.from_url(redis_url, **{"mirror": "apart", **self.options, **options}))
             return made[-1]
 
         self.make = make

@@ -20,11 +20,11 @@ Make = Callable[..., RedisStorage]
 
 @pytest.fixture
 async def make(redis_url: str) -> AsyncIterator[Make]:
-    """Make storages, by default on the common Redis; they are closed at the end."""
+    """Make storages, by default on the common Redis, with an outbox that nobody reads; they are closed at the end."""
     made: list[RedisStorage] = []
 
     def make(url: str = redis_url, **options: Any) -> RedisStorage:
-        made.append(RedisStorage.from_url(url, **options))
+        made.append(RedisStorage.from_url(url, **{"mirror": "apart", **options}))
         return made[-1]
 
     yield make

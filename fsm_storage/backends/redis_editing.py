@@ -1,0 +1,121 @@
+"""Changes mirrored records from Django: in Redis first, by compare-and-set, and from there through the mirror."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from aiogram.fsm.storage.base import KeyBuilder, StateType
+
+from fsm_storage.backends.announcing import Change, edit_command, run
+from fsm_storage.backends.arguments import TtlOption, actor_name
+from fsm_storage.backends.wire import Wire
+from fsm_storage.codec import WireCodec
+from fsm_storage.exceptions import RedisConflict, VersionConflict
+from fsm_storage.keys import state_text
+from fsm_storage.outbox import DATA, STATE, stream_name, version_of
+from fsm_storage.patches import EMPTY, KEEP, Keep, ttl_seconds
+
+if TYPE_CHECKING:
+    from fsm_storage.models import FSMRecord
+
+PATIENCE = 2.0
+"""Seconds for which an edit waits until the mirror shows it."""
+
+
+class Wish(NamedTuple):
+    """What somebody wants of records: as the arguments of `FSMRecord.edit`."""
+
+    state: StateType | Keep
+    data: Mapping[str, Any] | Keep
+    state_ttl: TtlOption | Keep
+    data_ttl: TtlOption | Keep
+    by: Any
+    source: str
+
+
+class RedisEditor:
+    """Carries out edits of the records of one alias, on a wire."""
+
+    def __init__(
+        self,
+        wire: Wire,
+        alias: str,
+        builder: KeyBuilder,
+        codec: WireCodec,
+        first_ttls: Mapping[str, int | None],
+    ) -> None:
+        self._wire, self._alias, self._builder, self._codec = wire, alias, builder, codec
+        self._first_ttls = first_ttls
+
+    async def edit(self, record: FSMRecord, wish: Wish, if_version: int | None) -> int | None:
+        """Change one record; return its version to be, None if there was nothing to change.
+
+        Raises `VersionConflict` if Redis does not hold what `record` shows, and nothing is written.
+        """
+        if if_version is not None and record.version != if_version:
+            raise VersionConflict(record.key, if_version, record.version)
+        key = record.storage_key
+        names = [self._builder.build(key, STATE), self._builder.build(key, DATA)]
+        found: list[Any] = [KEEP, KEEP]
+        if if_version is not None:
+            found = await self._found(record, names, if_version)
+        changes = [
+            Change(found[0], self._state(wish, record), _ttl_ms(wish.state_ttl), self._first_ttls[STATE]),
+            Change(found[1], self._data(wish, record), _ttl_ms(wish.data_ttl), self._first_ttls[DATA]),
+        ]
+        script, keys, arguments = edit_command(
+            stream_name(self._alias), names, key, changes, wish.source, actor_name(wish.by)
+        )
+        reply = await run(self._wire, script, keys, arguments)
+        if isinstance(reply, int):
+            raise RedisConflict(record.key, record.version)
+        return version_of(reply) if reply else None
+
+    async def _found(self, record: FSMRecord, names: Sequence[str], if_version: int) -> list[bytes | None]:
+        """Return the bytes in Redis, after comparing what they say with the record."""
+        state, data = replies = await self._wire.ask([("GET", name) for name in names])
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        try:
+            is_same = (None if state is None else state.decode()) == record.current_state
+            is_same = is_same and (json.loads(data) if data else {}) == record.current_data
+        except (ValueError, RecursionError):  # nobody saw on the page what cannot be read
+            is_same = False
+        if not is_same:
+            raise RedisConflict(record.key, if_version)
+        return replies
+
+    def _state(self, wish: Wish, record: FSMRecord) -> str | Literal[Keep.KEEP] | None:
+        return KEEP if wish.state is KEEP else state_text(wish.state, record.key)
+
+    def _data(self, wish: Wish, record: FSMRecord) -> str | Literal[Keep.KEEP] | None:
+        if wish.data is KEEP:
+            return KEEP
+        text = self._codec.encode(wish.data, record.key)
+        return None if text == EMPTY else text
+
+
+def wait_for_mirror(database: str, alias: str, versions: Mapping[str, int]) -> bool:
+    """Wait until the mirror has brought these records to their versions; False if it takes too long."""
+    from fsm_storage.models import FSMRecord
+
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        rows = FSMRecord.objects.using(database).filter(alias=alias, key__in=list(versions))
+        there = dict(rows.values_list("key", "version"))
+        if all(there.get(key, 0) >= version for key, version in versions.items()):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+
+
+def _ttl_ms(ttl: TtlOption | Keep) -> int | Literal[Keep.KEEP] | None:
+    if ttl is KEEP:
+        return KEEP
+    seconds = ttl_seconds(ttl)
+    return None if seconds is None else max(1, round(seconds * 1000))

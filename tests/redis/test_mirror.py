@@ -1,0 +1,437 @@
+"""The mirror on real servers: everything that Redis acknowledged is in the database, once, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import redis
+from aiogram.fsm.storage.base import DefaultKeyBuilder, StorageKey
+from django.core.management import CommandError, call_command
+
+from fsm_storage import RedisStorage
+from fsm_storage.conf import storages
+from fsm_storage.exceptions import RedisConflict, RedisUnavailable
+from fsm_storage.mirror import repairing
+from fsm_storage.mirror.applying import Applier, Entry
+from fsm_storage.mirror.worker import GROUP, Mirror, table_of
+from fsm_storage.models import FSMRecord, FSMTransition
+from fsm_storage.outbox import Record, aside_name, encode, missed_name, stream_name, version_of
+from tests.conftest import POSTGRES, SQLITE
+from tests.redis.conftest import Make
+from tests.rows import in_thread, let_time_pass, record, records, transitions
+from tests.servers import RedisServer
+
+BUILDER = DefaultKeyBuilder(with_bot_id=True, with_business_connection_id=True, with_destiny=True)
+ALIAS = "mirrored"
+Mirrored = Callable[..., RedisStorage]
+
+
+@pytest.fixture(params=[SQLITE, POSTGRES])
+def database(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let FSM_STORAGES have the alias; the storage itself is put in by the test."""
+    monkeypatch.setitem(storages.settings, ALIAS, {"BACKEND": "fsm_storage.RedisStorage"})
+
+
+@pytest.fixture
+def mirrored(make: Make, configured: None, database: str, raw: redis.Redis) -> Mirrored:
+    """Make storages that are mirrored into `database`, of one alias; the last is the configured one."""
+    raw.flushall()
+
+    def make_one(**options: Any) -> RedisStorage:
+        storage = make(**{"alias": ALIAS, "database": database, "key_builder": BUILDER, **options})
+        storages[ALIAS] = storage
+        return storage
+
+    return make_one
+
+
+async def mirror_all(storage: RedisStorage) -> Mirror:
+    mirror = Mirror(storage)
+    async with asyncio.timeout(60):
+        await mirror.run(until_empty=True)
+    return mirror
+
+
+@asynccontextmanager
+async def mirroring(storage: RedisStorage) -> AsyncIterator[Mirror]:
+    mirror = Mirror(storage)
+    task = asyncio.create_task(mirror.run())
+    try:
+        yield mirror
+    finally:
+        mirror.stop()
+        await task
+
+
+async def becomes(condition: Callable[[], Awaitable[bool]], seconds: float = 30.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not await condition():
+            await asyncio.sleep(0.02)
+
+
+def other(chat: int, **parts: Any) -> StorageKey:
+    return StorageKey(bot_id=42, chat_id=chat, user_id=chat, **parts)
+
+
+async def test_what_was_written_is_in_the_database(
+    mirrored: Mirrored, database: str, key: StorageKey, raw: redis.Redis
+) -> None:
+    storage = mirrored(state_ttl=100)
+    await storage.set_state(key, "Form:name")
+    await storage.set_data(key, {"big": 2**64 + 1, "float": 1e23, "text": 'é"\\'})
+    await storage.update_data(key, {"more": [1, None]})
+    await storage.set_state(other(5, thread_id=0, business_connection_id="", destiny="x:y"), "")
+    await mirror_all(storage)
+    row = await in_thread(record, database, alias=ALIAS, chat_id=key.chat_id)
+    assert row.storage_key == key
+    assert (row.state, row.data) == (
+        "Form:name",
+        {"big": 2**64 + 1, "float": 1e23, "text": 'é"\\', "more": [1, None]},
+    )
+    assert row.data_expires_at is None
+    assert 0 < (row.state_expires_at - row.updated_at).total_seconds() <= 100.5
+    second = await in_thread(record, database, alias=ALIAS, chat_id=5)
+    assert second.storage_key == other(5, thread_id=0, business_connection_id="", destiny="x:y")
+    assert second.state == ""
+    assert raw.xlen(stream_name(ALIAS)) == 0
+
+
+async def test_the_history_has_each_step_with_its_own_time(
+    mirrored: Mirrored, database: str, key: StorageKey
+) -> None:
+    storage = mirrored()
+    for state in ("a", "b", "b", None):
+        await storage.set_state(key, state)
+        await storage.update_data(key, {"at": state})
+        await asyncio.sleep(0.05)
+    await mirror_all(storage)
+    steps = await in_thread(transitions, database, alias=ALIAS)
+    assert steps == [(None, "a", "bot", ""), ("a", "b", "bot", ""), ("b", None, "bot", "")]
+    times = await in_thread(
+        lambda: list(FSMTransition.objects.using(database).order_by("id").values_list("at", flat=True))
+    )
+    gaps = [(later - earlier).total_seconds() for earlier, later in pairwise(times)]
+    assert gaps[0] >= 0.04
+    assert gaps[1] >= 0.09
+
+
+async def test_full_history_has_the_data_too(mirrored: Mirrored, database: str, key: StorageKey) -> None:
+    storage = mirrored(history="full")
+    for n in range(3):
+        await storage.set_data(key, {"n": n})
+    await mirror_all(storage)
+    found = await in_thread(
+        lambda: list(
+            FSMTransition.objects.using(database).order_by("id").values_list("data_before", "data_after")
+        )
+    )
+    assert found == [({}, {"n": 0}), ({"n": 0}, {"n": 1}), ({"n": 1}, {"n": 2})]
+
+
+async def test_what_was_removed_is_idle(mirrored: Mirrored, database: str, key: StorageKey) -> None:
+    storage = mirrored()
+    await storage.set_state(key, "a")
+    await storage.set_data(key, {"a": 1})
+    await mirror_all(storage)
+    await storage.set_state(key, None)
+    await storage.set_data(key, {})
+    await mirror_all(storage)
+    rows = await in_thread(records, database)
+    assert [(row.state, row.data) for row in rows] in ([], [(None, {})])
+
+
+async def test_an_entry_that_comes_again_does_nothing(mirrored: Mirrored, database: str) -> None:
+    storage = mirrored()
+    key = other(1)
+
+    def entry(number: int, part: Any, value: str | None) -> Entry:
+        pairs = encode([Record(key, part, value)])
+        return Entry(
+            f"1700000000000-{number}",
+            dict(zip(map(str.encode, pairs[::2]), map(str.encode, pairs[1::2]), strict=True)),
+        )
+
+    entries = [entry(1, "state", "a"), entry(2, "data", '{"n": 2}'), entry(3, "state", "b")]
+    applier = Applier(table_of(storage), "states")
+    now_ms = 1700000001000
+    for some in (entries, entries, entries[:2], entries[1:]):
+        await in_thread(applier.apply, some, now_ms)
+    row = await in_thread(record, database, alias=ALIAS)
+    assert (row.state, row.data, row.version) == ("b", {"n": 2}, version_of("1700000000000-3"))
+    steps = await in_thread(transitions, database, alias=ALIAS)
+    assert steps == [(None, "a", "bot", ""), ("a", "b", "bot", "")]
+
+
+async def test_what_a_dead_mirror_was_given_is_applied_first(
+    mirrored: Mirrored, database: str, key: StorageKey, raw: redis.Redis
+) -> None:
+    storage = mirrored()
+    await storage.set_state(key, "a")
+    await storage.set_state(key, "b")
+    raw.xgroup_create(stream_name(ALIAS), GROUP, "0")
+    raw.xreadgroup(GROUP, "dead", {stream_name(ALIAS): ">"})
+    await storage.set_state(key, "c")
+    await mirror_all(storage)
+    assert await in_thread(transitions, database, alias=ALIAS) == [
+        (None, "a", "bot", ""), ("a", "b", "bot", ""), ("b", "c", "bot", ""),
+    ]  # fmt: skip
+    assert raw.xpending(stream_name(ALIAS), GROUP)["pending"] == 0
+
+
+async def test_of_two_mirrors_one_works_and_the_other_takes_over(
+    mirrored: Mirrored, database: str, key: StorageKey
+) -> None:
+    storage = mirrored()
+    async with mirroring(storage) as first:
+        await storage.set_state(key, "a")
+        await becomes(lambda: in_thread(lambda: first.is_active))
+        async with mirroring(storage) as second:
+            await asyncio.sleep(0.3)
+            assert not second.is_active
+            first.stop()
+            await becomes(lambda: in_thread(lambda: second.is_active))
+            await storage.set_state(key, "b")
+            await becomes(lambda: in_thread(lambda: record(database, alias=ALIAS).state == "b"))
+
+
+async def test_poison_is_put_aside_and_the_rest_goes_on(
+    mirrored: Mirrored, database: str, key: StorageKey, raw: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = mirrored()
+    await storage.set_state(key, "a")
+    entry_id = raw.xadd(stream_name(ALIAS), {"[0,no JSON": "x"})
+    raw.xadd(stream_name(ALIAS), {'[0,"data",null,42,7,7]': "[1, 2]"})
+    raw.xadd(stream_name(ALIAS), {'[0,"state",null,42,8,8]': "x" * 300})
+    await storage.set_state(other(9), "z")
+    mirror = await mirror_all(storage)
+    assert mirror.progress.poison == 3
+    assert entry_id.decode() in caplog.text
+    assert [row.state for row in await in_thread(records, database)] == ["a", "z"]
+    assert raw.xlen(aside_name(ALIAS)) == 3
+    assert raw.xlen(stream_name(ALIAS)) == 0
+
+
+async def test_it_goes_on_when_redis_was_wiped(mirrored: Mirrored, database: str, raw: redis.Redis) -> None:
+    storage = mirrored()
+    async with mirroring(storage):
+        await storage.set_state(other(1), "a")
+        await becomes(lambda: in_thread(lambda: len(records(database)) == 1))
+        raw.flushall()
+        await storage.set_state(other(2), "b")
+        await becomes(lambda: in_thread(lambda: len(records(database)) == 2))
+    assert {row.state for row in await in_thread(records, database)} == {"a", "b"}
+
+
+async def test_what_was_missed_while_the_outbox_was_full_is_mirrored_as_it_is(
+    mirrored: Mirrored, database: str, raw: redis.Redis
+) -> None:
+    storage = mirrored(outbox_bytes=20_000)
+    for n in range(400):
+        await storage.set_data(other(n % 40), {"n": n, "text": "x" * 200})
+    await asyncio.sleep(0.6)
+    for n in range(400, 480):
+        await storage.set_data(other(n % 40), {"n": n, "text": "x" * 200})
+    assert raw.scard(missed_name(ALIAS)) > 0
+    await mirror_all(storage)
+    assert raw.scard(missed_name(ALIAS)) == 0
+    found = {row.chat_id: row.data["n"] for row in await in_thread(records, database)}
+    assert found == {chat: 440 + chat for chat in range(40)}
+
+
+async def test_the_mirror_runs_in_the_bot_by_default(
+    mirrored: Mirrored, database: str, key: StorageKey
+) -> None:
+    storage = mirrored(mirror=True)
+    await storage.set_state(key, "a")
+    await becomes(lambda: in_thread(lambda: [row.state for row in records(database)] == ["a"]))
+    await storage.set_state(key, "b")
+    await storage.close()
+    assert [row.state for row in await in_thread(records, database)] == ["b"]
+
+
+async def test_what_expires_in_redis_expires_in_the_database(
+    mirrored: Mirrored, database: str, key: StorageKey
+) -> None:
+    storage = mirrored(state_ttl=50)
+    await storage.set_state(key, "a")
+    await mirror_all(storage)
+    await in_thread(let_time_pass, database, 60)
+    assert await in_thread(lambda: FSMRecord.objects.using(database).live().count()) == 0
+
+
+# Edits
+
+
+async def edited(database: str, changes: dict[str, Any], **filters: Any) -> FSMRecord:
+    def edit() -> FSMRecord:
+        row = FSMRecord.objects.using(database).with_clock().get(alias=ALIAS, **filters)
+        row.edit(**changes, if_version=row.version)
+        return row
+
+    return await in_thread(edit)
+
+
+async def test_an_edit_goes_to_redis_first(
+    mirrored: Mirrored, database: str, key: StorageKey, raw: redis.Redis
+) -> None:
+    storage = mirrored(data_ttl=500)
+    await storage.set_state(key, "a")
+    await storage.set_data(key, {"n": 2**60 + 1})
+    async with mirroring(storage):
+        await becomes(lambda: in_thread(lambda: [row.state for row in records(database)] == ["a"]))
+        row = await edited(database, {"state": "b", "by": "ann"})
+    assert row.state == "b"
+    assert await storage.get_state(key) == "b"
+    assert await storage.get_data(key) == {"n": 2**60 + 1}
+    assert (await in_thread(transitions, database, alias=ALIAS))[-1] == ("a", "b", "admin", "ann")
+
+
+async def test_an_edit_keeps_the_time_to_expiry_unless_it_is_changed(
+    mirrored: Mirrored, database: str, key: StorageKey, raw: redis.Redis
+) -> None:
+    storage = mirrored(state_ttl=500, data_ttl=500)
+    await storage.set_state(key, "a")
+    raw.pexpire(BUILDER.build(key, "state"), 100_000)
+    async with mirroring(storage):
+        await becomes(lambda: in_thread(lambda: len(records(database)) == 1))
+        await edited(database, {"state": "b", "data": {"x": 1}})
+        assert 50_000 < raw.pttl(BUILDER.build(key, "state")) <= 100_000
+        assert 400_000 < raw.pttl(BUILDER.build(key, "data")) <= 500_000
+        await edited(database, {"state_ttl": None})
+        assert raw.pttl(BUILDER.build(key, "state")) == -1
+        row = await in_thread(record, database, alias=ALIAS)
+    assert row.state_expires_at is None
+    assert (row.state, row.data) == ("b", {"x": 1})
+
+
+@pytest.mark.parametrize("part", ["state", "data"])
+async def test_a_running_conversation_is_never_overwritten(
+    mirrored: Mirrored, database: str, key: StorageKey, part: str
+) -> None:
+    storage = mirrored()
+    await storage.set_state(key, "a")
+    await storage.set_data(key, {"n": 1})
+    await mirror_all(storage)
+    await (storage.set_state(key, "moved") if part == "state" else storage.set_data(key, {"n": 2}))
+    with pytest.raises(RedisConflict, match="changed meanwhile"):
+        await edited(database, {"state": "b"})
+    assert await storage.get_state(key) == ("moved" if part == "state" else "a")
+
+
+async def test_an_edit_while_redis_is_down_changes_nothing(
+    make: Make, configured: None, own_redis: RedisServer, database: str, key: StorageKey
+) -> None:
+    storage = storages[ALIAS] = make(own_redis.url, alias=ALIAS, database=database, timeout=1.0)
+    await storage.set_state(key, "a")
+    await mirror_all(storage)
+    own_redis.stop()
+    with pytest.raises(RedisUnavailable):
+        await edited(database, {"state": "b"})
+    assert (await in_thread(record, database, alias=ALIAS)).state == "a"
+
+
+# Looking after it
+
+
+async def command(*arguments: str) -> dict[str, Any]:
+    out = io.StringIO()
+    try:
+        await asyncio.to_thread(
+            call_command,
+            "fsm_mirror",
+            f"--alias={ALIAS}",
+            "--json",
+            *arguments,
+            stdout=out,
+            stderr=io.StringIO(),
+        )
+    except CommandError as error:
+        return {**json.loads(out.getvalue() or "{}"), "exit": error.returncode}
+    return {**json.loads(out.getvalue()), "exit": 0}
+
+
+async def test_verify_and_resync_find_and_mend(mirrored: Mirrored, database: str, raw: redis.Redis) -> None:
+    storage = mirrored()
+    for chat in range(1, 21):
+        await storage.set_state(other(chat), "a")
+        await storage.set_data(other(chat), {"n": chat})
+    await mirror_all(storage)
+    assert (await command("--verify")) == {
+        "same": 20, "differ": 0, "only_redis": 0, "only_database": 0, "unreadable": 0, "both_ways": True,
+        "samples": {"differ": [], "only_redis": [], "only_database": []}, "exit": 0,
+    }  # fmt: skip
+    raw.set(BUILDER.build(other(3), "state"), "written by another program")
+    raw.set(BUILDER.build(other(99), "data"), '{"new": true}')
+    raw.delete(BUILDER.build(other(5), "state"), BUILDER.build(other(5), "data"))
+    found = await command("--verify")
+    assert (found["differ"], found["only_redis"], found["only_database"], found["exit"]) == (1, 1, 1, 3)
+    assert found["samples"]["only_redis"] == ["42:99:99"]
+    assert (await command("--resync"))["announced"] == 2
+    await mirror_all(storage)
+    found = await command("--verify")
+    assert (found["differ"], found["only_redis"], found["only_database"]) == (0, 0, 1)
+    assert (await in_thread(record, database, chat_id=3)).state == "written by another program"
+    await command("--resync", "--prune")
+    await mirror_all(storage)
+    assert (await command("--verify"))["exit"] == 0
+
+
+async def test_a_wiped_redis_is_restored(mirrored: Mirrored, database: str, raw: redis.Redis) -> None:
+    storage = mirrored(data_ttl=300)
+    for chat in range(1, 30):
+        await storage.set_state(other(chat), f"s{chat}")
+        await storage.set_data(other(chat), {"n": 2**60 + chat})
+    await mirror_all(storage)
+    before = {name: raw.get(name) for name in raw.keys("fsm:*")}
+    raw.flushall()
+    await storage.set_state(other(1), "newer")
+    assert (await command("--restore"))["exit"] == 1  # the outbox has something
+    await mirror_all(storage)
+    assert (await command("--restore"))["restored"] == 57
+    after = {name: raw.get(name) for name in raw.keys("fsm:*")}
+    assert after == {**before, BUILDER.build(other(1), "state").encode(): b"newer"}
+    assert 0 < raw.pttl(BUILDER.build(other(2), "data")) <= 300_000
+    assert (await command("--verify"))["exit"] == 0
+
+
+async def test_status_says_how_far_it_is(mirrored: Mirrored, database: str, key: StorageKey) -> None:
+    storage = mirrored()
+    await storage.set_state(key, "a")
+    await asyncio.sleep(0.05)
+    now = await command("--status", "--max-lag=0.01")
+    assert (now["entries"], now["exit"]) == (1, 3)
+    await mirror_all(storage)
+    now = await command("--status")
+    assert (now["entries"], now["pending"], now["lag_seconds"], now["exit"]) == (0, 0, 0.0, 0)
+
+
+async def test_a_busy_bot_is_mirrored_exactly(mirrored: Mirrored, database: str) -> None:
+    storage = mirrored()
+    async with mirroring(storage) as mirror:
+
+        async def talk(chat: int) -> None:
+            for n in range(60):
+                await storage.set_state(other(chat), f"s{n % 7}")
+                await storage.update_data(other(chat), {f"k{n % 5}": n})
+
+        began = time.monotonic()
+        await asyncio.gather(*(talk(chat) for chat in range(1, 33)))
+        found = await repairing.compare(storage)
+        assert found.total == 0
+        assert found.same == 32
+        assert mirror.progress.writes == 32 * 60 * 2, time.monotonic() - began
+    steps = await in_thread(transitions, database, alias=ALIAS, chat_id=1)
+    assert [step[1] for step in steps] == [f"s{n % 7}" for n in range(60)]
