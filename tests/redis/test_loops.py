@@ -121,7 +121,7 @@ async def test_closing_while_redis_is_away_ends(make: Make, own_redis: RedisServ
 def test_one_storage_in_many_loops_one_after_the_other(
     redis_url: str, raw: redis.Redis, key: StorageKey
 ) -> None:
-    storage = RedisStorage.from_url(redis_url)
+    storage = RedisStorage.from_url(redis_url, mirror="apart")
     for n in range(5):
         asyncio.run(storage.set_state(key, f"s{n}"))
         assert asyncio.run(storage.get_state(key)) == f"s{n}"
@@ -133,7 +133,7 @@ def test_one_storage_in_many_loops_one_after_the_other(
 
 
 def test_one_storage_in_many_threads(redis_url: str, key: StorageKey) -> None:
-    storage = RedisStorage.from_url(redis_url)
+    storage = RedisStorage.from_url(redis_url, mirror="apart")
 
     async def work(who: int) -> None:
         for n in range(20):
@@ -153,7 +153,7 @@ def test_one_storage_in_many_threads(redis_url: str, key: StorageKey) -> None:
 def test_closing_reaches_the_loops_of_other_threads(
     redis_url: str, raw: redis.Redis, key: StorageKey
 ) -> None:
-    storage = RedisStorage.from_url(redis_url)
+    storage = RedisStorage.from_url(redis_url, mirror="apart")
     started, end = threading.Event(), threading.Event()
 
     async def work() -> None:

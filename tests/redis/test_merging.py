@@ -35,7 +35,7 @@ def lost_fields(redis_url: str, raw: redis.Redis, notes: Path, kind: str) -> tup
     for line in notes.read_text().splitlines():
         chat, name, n = line.split()
         acknowledged[int(chat)][name] = int(n)
-    storage = RedisStorage.from_url(redis_url)
+    storage = RedisStorage.from_url(redis_url, mirror="apart")
     kept = {chat: asyncio.run(storage.get_data(key_of(chat))) for chat in acknowledged}
     lost = sum(
         kept[chat].get(name) != n for chat, fields in acknowledged.items() for name, n in fields.items()

@@ -76,7 +76,9 @@ async def test_sentinel(own_redis: RedisServer, tmp_path: Path) -> None:
     process = subprocess.Popen([redis_binary(), str(file), "--sentinel"], stdout=subprocess.DEVNULL)
     try:
         manager = Sentinel([("127.0.0.1", port)])
-        storage = RedisStorage(manager.master_for("bots"), timeout=20)  # it may still be starting
+        storage = RedisStorage(
+            manager.master_for("bots"), timeout=20, mirror="apart"
+        )  # it may still be starting
         await exercise(storage)
         with redis.Redis(port=own_redis.port) as raw:
             assert replayed(raw) == stored(raw)
@@ -98,7 +100,7 @@ def socket_path() -> Iterator[Path]:
 
 
 async def test_a_unix_socket(socket_path: Path) -> None:
-    storage = RedisStorage.from_url(f"unix://{socket_path}?db=2")
+    storage = RedisStorage.from_url(f"unix://{socket_path}?db=2", mirror="apart")
     await exercise(storage)
     with redis.Redis(unix_socket_path=str(socket_path), db=2) as raw:
         assert replayed(raw) == stored(raw)
@@ -106,7 +108,7 @@ async def test_a_unix_socket(socket_path: Path) -> None:
 
 
 async def test_a_client_that_decodes(redis_url: str, key: StorageKey) -> None:
-    storage = RedisStorage(Redis.from_url(redis_url, decode_responses=True))
+    storage = RedisStorage(Redis.from_url(redis_url, decode_responses=True), mirror="apart")
     await exercise(storage)
     await storage.set_state(key, "ü🙂")
     assert await storage.get_state(key) == "ü🙂"
@@ -115,7 +117,7 @@ async def test_a_client_that_decodes(redis_url: str, key: StorageKey) -> None:
 
 async def test_protocol_3_and_a_health_check(redis_url: str) -> None:
     options = {"protocol": 3, "health_check_interval": 1, "socket_timeout": 5}
-    storage = RedisStorage.from_url(redis_url, options)
+    storage = RedisStorage.from_url(redis_url, options, mirror="apart")
     await exercise(storage)
     await asyncio.sleep(1.1)
     await exercise(storage)

@@ -37,7 +37,9 @@ def add_fields(url: str, path: str, who: str, kind: str, start_at: str) -> None:
 
     async def main() -> None:
         storage: BaseStorage = (
-            RedisStorage.from_url(url, timeout=30) if kind == "ours" else AiogramStorage.from_url(url)
+            RedisStorage.from_url(url, timeout=30, mirror="apart")
+            if kind == "ours"
+            else AiogramStorage.from_url(url)
         )
         await storage.get_state(key_of(0))
         await asyncio.sleep(max(0.0, float(start_at) - time.time()))
@@ -69,7 +71,7 @@ def _wait_for_growth(path: str, size: int) -> None:
 
 
 async def _write_for_ever(url: str, path: str, first_chat: int) -> None:
-    note, storage = notes(path), RedisStorage.from_url(url)
+    note, storage = notes(path), RedisStorage.from_url(url, mirror="apart")
 
     async def talk(chat: int) -> None:
         n = 0
@@ -87,7 +89,7 @@ async def _write_for_ever(url: str, path: str, first_chat: int) -> None:
 
 def fork_after_use(url: str, path: str) -> None:
     """Use a storage, fork, and use it on both sides: first in the child, then in the parent."""
-    note, storage = notes(path), RedisStorage.from_url(url)
+    note, storage = notes(path), RedisStorage.from_url(url, mirror="apart")
 
     async def add(name: str) -> None:
         merged = await asyncio.wait_for(storage.update_data(key_of(1), {name: 1}), 10)
