@@ -6,8 +6,8 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.apps import apps
@@ -24,14 +24,13 @@ from django.db import (
 )
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from fsm_storage.backends.unit import Unit
 from fsm_storage.dialects import (
     LOCKED,
     Dialect,
     Errand,
-    Plan,
     Read,
     ReadReply,
-    Rows,
     Scope,
     Spared,
     Sweep,
@@ -141,7 +140,7 @@ class Session:
     def atomically(self, work: Callable[[], T]) -> T:
         """Do work through the ORM in a transaction, anew after a fault that may pass. It must begin with a write."""
 
-        def run(unit: _Unit) -> T:
+        def run(unit: Unit) -> T:
             before, after = unit.dialect.lock_limits(self.timeout)
             try:
                 with transaction.atomic(using=self.database):
@@ -181,13 +180,13 @@ class Session:
         with suppress(Error):
             connections[self.database].close()
 
-    def _unit(self) -> _Unit:
-        return _Unit(connections[self.database], self.dialect)
+    def _unit(self) -> Unit:
+        return Unit(connections[self.database], self.dialect)
 
     def _each(
-        self, ops: Sequence[Any], run: Callable[[_Unit, Sequence[Any]], list[Any]], deadline: float
+        self, ops: Sequence[Any], run: Callable[[Unit, Sequence[Any]], list[Any]], deadline: float
     ) -> list[Any]:
-        def prepared(unit: _Unit) -> list[Any]:
+        def prepared(unit: Unit) -> list[Any]:
             self._prepare(unit)
             return run(unit, ops)
 
@@ -200,7 +199,7 @@ class Session:
                 return [_refused(ops[0].key, self.database, error)]
             return [reply for op in ops for reply in self._each([op], run, deadline)]
 
-    def _retried(self, run: Callable[[_Unit], T], deadline: float) -> T:
+    def _retried(self, run: Callable[[Unit], T], deadline: float) -> T:
         attempt = 0
         while True:
             unit = self._unit()
@@ -211,7 +210,7 @@ class Session:
                     raise self._translate(error) from error
                 attempt += 1
 
-    def _prepare(self, unit: _Unit) -> None:
+    def _prepare(self, unit: Unit) -> None:
         """Look after the worker thread's connection as Django does at the start of a request.
 
         But one without CONN_MAX_AGE is kept while there is work: a batch is no request.
@@ -231,7 +230,7 @@ class Session:
             self._thread.direct = self._direct(unit)
         unit.direct = self._thread.direct
 
-    def _direct(self, unit: _Unit) -> Prepared | None:
+    def _direct(self, unit: Unit) -> Prepared | None:
         """Return the way past psycopg's cursors, where there is one."""
         if not unit.dialect.binds_on_server:
             return None
@@ -246,7 +245,7 @@ class Session:
         has_own_rule = "prepare_threshold" in options or settings.get("DISABLE_SERVER_SIDE_CURSORS")
         return not (has_own_rule or options.get("pool") or self._is_pooled)
 
-    def _write(self, unit: _Unit, writes: Sequence[Write], scope: Scope) -> list[WriteReply]:
+    def _write(self, unit: Unit, writes: Sequence[Write], scope: Scope) -> list[WriteReply]:
         lone = len(writes) == 1 and writes[0].key not in self._contended
         try:
             return unit.run_committed(unit.dialect.write(writes, scope, lone=lone))
@@ -267,7 +266,7 @@ class Session:
         return copy
 
     def _until_done(
-        self, unit: _Unit, writes: Sequence[Write], scope: Scope, deadline: float
+        self, unit: Unit, writes: Sequence[Write], scope: Scope, deadline: float
     ) -> list[WriteReply]:
         replies: dict[str, WriteReply] = {}
         while missing := [write for write in writes if replies.get(write.key, LOCKED) == LOCKED]:
@@ -284,7 +283,7 @@ class Session:
             elif len(self._contended) < MAX_CONTENDED:
                 self._contended.add(write.key)
 
-    def _may_retry(self, unit: _Unit, error: Error, deadline: float, attempt: int) -> bool:
+    def _may_retry(self, unit: Unit, error: Error, deadline: float, attempt: int) -> bool:
         """Say whether to try again, after waiting a little."""
         code, message = _facts(error)
         is_pooled = unit.dialect.is_pooled(code)
@@ -311,136 +310,6 @@ class Session:
         if isinstance(error, OperationalError | InterfaceError):
             return StorageUnavailable(self.database, error)
         return error
-
-
-class _Unit:
-    """One attempt at one batch: a connection, and one cursor on it."""
-
-    def __init__(self, connection: BaseDatabaseWrapper, dialect: Dialect) -> None:
-        self.connection, self.dialect = connection, dialect
-        self._is_watched = bool(connection.execute_wrappers) or connection.queries_logged
-        self._cursor: Any = None
-        self.direct: Prepared | None = None
-        # Quiet statements that go with the next one.
-        self._quiet: list[tuple[str, Any]] = []
-
-    @property
-    def is_nested(self) -> bool:
-        """Whether somebody else's transaction is open, who will commit it."""
-        connection = self.connection
-        return connection.in_atomic_block or (connection.connection is not None and not connection.autocommit)
-
-    @property
-    def joins(self) -> bool:
-        """Whether several statements can be sent as one, which is what mysqlclient does unless told not to."""
-        connection = self.connection
-        return (
-            self.dialect.joins
-            and connection.settings_dict["OPTIONS"].get("multi_statements", True)
-            and getattr(connection, "Database").__name__ == "MySQLdb"  # noqa: B009 - it is not in the stubs
-        )
-
-    def execute(self, sql: str, params: Any = (), is_quiet: bool = False) -> Rows:
-        if self.direct is not None and not self._is_watched and not self.connection.in_atomic_block:
-            with self.connection.wrap_database_errors:
-                return self.direct.execute(sql, params)
-        if self._cursor is None:
-            self._cursor = self._open()
-        cursor = self._cursor
-        if self._is_watched and self.dialect.paramstyle == "qmark":
-            sql = sql.replace("%", "%%").replace("?", "%s")
-        if is_quiet and self.joins:
-            self._quiet.append((sql, params))
-            return []
-        if self._quiet:
-            joined, self._quiet = [*self._quiet, (sql, params)], []
-            sql, params = "; ".join(sql for sql, _ in joined), [value for _, some in joined for value in some]
-        with self.connection.wrap_database_errors:
-            cursor.execute(sql, params)
-            rows = cursor.fetchall() if cursor.description else []
-            while self.dialect.joins and cursor.nextset():
-                rows = cursor.fetchall() if cursor.description else []
-            return rows
-
-    def flush(self) -> None:
-        """Send the quiet statements that nothing followed."""
-        if self._quiet:
-            self.execute(*self._quiet.pop())
-
-    def run(self, plan: Plan[T]) -> T:
-        """Drive `plan` to its end and return its replies."""
-        try:
-            statement = next(plan)
-            while True:
-                statement = plan.send(self.execute(*statement))
-        except StopIteration as stop:
-            value: T = stop.value
-            return value
-        finally:
-            plan.close()
-
-    def run_committed(self, plan: Plan[T]) -> T:
-        """Run a plan of which all or nothing shall happen."""
-        if self.dialect.write_begin is None and not self.is_nested:
-            return self.run(plan)  # one statement, which commits itself
-        return self.run_in_transaction(plan)
-
-    def run_in_transaction(self, plan: Plan[T]) -> T:
-        with self.transaction():
-            return self.run(plan)
-
-    @contextmanager
-    def transaction(self, wait: float | None = None) -> Iterator[None]:
-        """A transaction that may write; within another one, a savepoint. `wait`: seconds for a locked row."""
-        begin, is_outermost = self.dialect.write_begin, not self.is_nested
-        before, after = self.dialect.lock_limits(wait) if wait is not None and is_outermost else ((), ())
-        if begin is None or not is_outermost:
-            with transaction.atomic(using=self.connection.alias):
-                for sql in before:
-                    self.execute(sql)
-                yield
-                self.flush()
-            return
-        # Not atomic(): it would begin a transaction that may fail half-way, at its first write.
-        for sql in (*before, begin):
-            self.execute(sql, is_quiet=True)
-        try:
-            yield
-            for sql in after:
-                self.execute(sql, is_quiet=True)
-            self.execute("COMMIT")
-        except BaseException:
-            self._quiet.clear()
-            with suppress(Error):
-                for sql in ("ROLLBACK", *after):
-                    self.execute(sql)
-            raise
-
-    def is_broken(self, error: Error) -> bool:
-        """Say whether the connection is of no more use after `error`."""
-        if isinstance(error, InterfaceError):
-            return True
-        if self.connection.connection is None:  # which Django's wrapper for MySQL does not stand
-            return True
-        return isinstance(error, OperationalError) and not self.connection.is_usable()
-
-    def _open(self) -> Any:
-        """Return a cursor of the driver's own: Django's rewrites each statement and its parameters.
-
-        Where somebody watches the queries, they go through Django's wrapper, which tells them.
-        """
-        connection = self.connection
-        connection.ensure_connection()
-        if self.dialect.binds_on_server:
-            from psycopg import Cursor
-
-            cursor: Any = Cursor(connection.connection)
-        else:
-            cursor = connection.create_cursor() if self._is_watched else connection.connection.cursor()
-        if not self._is_watched:
-            return cursor
-        watched = connection.make_debug_cursor if connection.queries_logged else connection.make_cursor
-        return watched(cursor)
 
 
 def _facts(error: Error) -> tuple[str | None, str]:
