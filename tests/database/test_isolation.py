@@ -116,7 +116,7 @@ async def test_a_holder_that_was_stopped_for_two_lease_times_is_refused(
 ) -> None:
     lease = 3.0
     pid = await asyncio.to_thread(launcher.start, "hold_for_ever", database, str(notes), lease)
-    await asyncio.to_thread(wait_for, lambda: notes.exists() and "wrote 20\n" in notes.read_text(), 20)
+    await asyncio.to_thread(wait_for, lambda: notes.exists() and "wrote 5\n" in notes.read_text(), 20)
     os.kill(pid, signal.SIGSTOP)
     try:
         async with isolate(lease=30).lock(key_of(1)):
@@ -543,18 +543,18 @@ async def test_close_gives_back_what_is_held(
     isolate: Isolate, storage: DjangoStorage, database: str, storage_first: bool
 ) -> None:
     """aiogram's Dispatcher closes the storage first."""
-    isolation, outcomes = isolate(), []
+    isolation, outcomes, is_in = isolate(), [], asyncio.Event()
 
     async def work() -> None:
         try:
             async with isolation.lock(key_of(1)):
+                is_in.set()
                 await asyncio.sleep(30)
         except Exception as error:
             outcomes.append(type(error))
 
     tasks = [asyncio.create_task(work()) for _ in range(3)]
-    while not await in_thread(leases, database):
-        await asyncio.sleep(0.02)
+    await asyncio.wait_for(is_in.wait(), 10)
     if storage_first:
         await storage.close()
     await isolation.close()

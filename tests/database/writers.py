@@ -219,7 +219,9 @@ def hold_for_ever(database: str, path: str, lease: float) -> None:
                     try:
                         await storage.set_data(key_of(1), {"n": n})
                         note(f"wrote {n}")
-                        await asyncio.sleep(0.001)
+                        await asyncio.sleep(
+                            0.2
+                        )  # whoever stops it after a note stops it outside a transaction
                     except StorageTimeout:
                         note("unanswered")  # it was on its way when the process was stopped
                     except asyncio.CancelledError:
