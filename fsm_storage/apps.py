@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from django.apps import AppConfig
+from django.conf import settings
 from django.core.checks import Tags, register
 from django.utils.translation import gettext_lazy as _
 
@@ -17,3 +20,8 @@ class FSMStorageConfig(AppConfig):
         register(check_admin, "fsm_storage")
         register(check_states, Tags.database)
         register(check_servers, Tags.database)
+        if "default" in getattr(settings, "CHANNEL_LAYERS", {}) and find_spec("channels"):
+            from fsm_storage import signals
+            from fsm_storage.live.broadcasting import broadcaster
+
+            signals.hints.append(broadcaster.hint)

@@ -14,7 +14,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
 HIDDEN = "•••"
-DEFAULTS: dict[str, Any] = {"MASK": ["*"], "READ_ONLY": False, "NAMES": None}
+DEFAULTS: dict[str, Any] = {"MASK": ["*"], "READ_ONLY": False, "NAMES": None, "LIVE": "/ws/fsm_storage/"}
 
 Path = tuple[str, ...]
 Hides = Callable[[Path], bool]
@@ -131,6 +131,11 @@ def check_options() -> None:
         raise InvalidAdminError(f"FSM_ADMIN['READ_ONLY'] must be True or False, not {option('READ_ONLY')!r}")
     _rule(option("MASK"))
     _check_names(option("NAMES"))
+    live = option("LIVE")
+    if live is not False and not (isinstance(live, str) and live.startswith("/")):
+        raise InvalidAdminError(
+            f"FSM_ADMIN['LIVE'] must be the path of the websocket, like {DEFAULTS['LIVE']!r}, or False, not {live!r}"
+        )
 
 
 def _check_names(names: Any) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,11 @@ FSM_STORAGES: dict[str, dict[str, Any]] = {
     },
 }
 
+# How open pages of the admin learn of changes. In memory, a process tells only itself: pages also ask now and then.
+CHANNEL_LAYERS: dict[str, dict[str, Any]] = {}
+if find_spec("channels"):
+    CHANNEL_LAYERS = {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}}
+
 # With REDIS_URL the conversations are in Redis, and mirrored into the database.
 if REDIS_URL := os.environ.get("REDIS_URL"):
     FSM_STORAGES = {
@@ -93,6 +99,13 @@ if REDIS_URL := os.environ.get("REDIS_URL"):
             },
         },
     }
+    if find_spec("channels_redis"):
+        CHANNEL_LAYERS = {
+            "default": {
+                "BACKEND": "channels_redis.core.RedisChannelLayer",
+                "CONFIG": {"hosts": [REDIS_URL]},
+            },
+        }
 
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 STATIC_URL = "static/"

@@ -21,6 +21,7 @@ from fsm_storage.admin.log import logged, noted
 from fsm_storage.admin.merging import Merge
 from fsm_storage.admin.page import facts, preview
 from fsm_storage.admin.presentation import ago, badge, clock_of, local
+from fsm_storage.admin.watching import RECORD_PARTS, live_parts
 from fsm_storage.discovery import declared_states
 from fsm_storage.exceptions import (
     FSMStorageError,
@@ -186,6 +187,7 @@ class EditingMixin(Base):
             "can_change": can_change,
             "rights": rights,
             **facts(request, record),
+            "live": live_parts(self.admin_site.name, request, RECORD_PARTS, record),
             **(extra or {}),
         }
         return self.render_change_form(request, context, change=True, obj=record)

@@ -16,6 +16,7 @@ from django.utils.translation import gettext as _
 from fsm_storage.admin.choosing import Choice, choice_of, offers
 from fsm_storage.admin.filters import NO_STATE, to_parameter
 from fsm_storage.admin.presentation import ago, badge, clock_of
+from fsm_storage.admin.watching import MAP_PARTS, live_parts
 from fsm_storage.durations import in_words
 from fsm_storage.models import FSMRecord, FSMTransition
 from fsm_storage.picture import NO_WALK, Walk, live_text, name_of, picture
@@ -43,6 +44,7 @@ class MappingMixin(Base):
         """Show the map of a group, a time and a bot; with `record`, the way of that conversation."""
         if not self.has_view_or_change_permission(request):
             raise PermissionDenied
+        live = live_parts(self.admin_site.name, request, MAP_PARTS)  # first: no change falls between
         choice = choice_of(request)
         replay = self._replay(request, choice) if "record" in request.GET else None
         way = replay["way"] if replay else []
@@ -60,6 +62,7 @@ class MappingMixin(Base):
             "offers_all_groups": True,
             **self._tables(shown, choice),
             **offers(choice, known),
+            "live": live,
         }
         if replay:
             context["kept"] = [("record", replay["record"].pk), ("step", replay["at"])]

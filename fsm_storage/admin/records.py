@@ -20,6 +20,7 @@ from fsm_storage.admin.editing import EditingMixin
 from fsm_storage.admin.funnels import FunnelMixin
 from fsm_storage.admin.mapping import MappingMixin
 from fsm_storage.admin.presentation import ago, badge, clock_of, labelled, peer, record_expiry
+from fsm_storage.admin.watching import WatchingMixin
 from fsm_storage.models import FSMRecord, FSMRecordQuerySet
 from fsm_storage.rights import mask_for, rights_of
 from fsm_storage.search import HELP, SearchError, search
@@ -31,7 +32,7 @@ else:
 
 
 @admin.register(FSMRecord)
-class RecordAdmin(EditingMixin, ActionsMixin, FunnelMixin, MappingMixin, Base):
+class RecordAdmin(WatchingMixin, EditingMixin, ActionsMixin, FunnelMixin, MappingMixin, Base):
     """Find a conversation, see where it is and how it got there, mend it without stepping on the bot."""
 
     list_display = ["chat", "user", "state_now", "expires", "changed", "bot"]

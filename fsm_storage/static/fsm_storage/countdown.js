@@ -3,8 +3,7 @@
 "use strict";
 
 (() => {
-    const elements = [...document.querySelectorAll("#content-main time[data-fsm-left]")];
-    const start = performance.now();
+    let faces = []; // the element with the clock, the element that says when, the instant at which the time is up
     const twoDigits = (number) => String(number).padStart(2, "0");
 
     function clock(seconds) {
@@ -13,25 +12,30 @@
         return `${days ? `${days}:${twoDigits(hours)}` : hours}:${twoDigits(minutes)}:${twoDigits(seconds % 60)}`;
     }
 
-    const faces = elements.map((element) => {
-        const face = document.createElement("span");
-        face.className = "fsm-countdown";
-        face.setAttribute("role", "timer");
-        element.after(" ", face);
-        return [face, Number(element.dataset.fsmLeft)];
-    });
+    /** Give each time on the page a clock, after it; also when the page was renewed. */
+    function begin() {
+        const old = new Map(faces.map(([face, element]) => [element, face]));
+        faces = [...document.querySelectorAll("#content-main time[data-fsm-left]")].map((element) => {
+            const face = old.get(element) ?? document.createElement("span");
+            old.delete(element);
+            face.className = "fsm-countdown";
+            face.setAttribute("role", "timer");
+            if (element.nextSibling !== face) element.after(face);
+            return [face, element, performance.now() + Number(element.dataset.fsmLeft) * 1000];
+        });
+        for (const face of old.values()) face.remove();
+        tick();
+    }
 
     function tick() {
-        const gone = Math.floor((performance.now() - start) / 1000);
-        for (const [face, left] of faces) {
-            const rest = Math.max(0, left - gone);
+        for (const [face, , end] of faces) {
+            const rest = Math.max(0, Math.ceil((end - performance.now()) / 1000));
             face.textContent = clock(rest);
             face.classList.toggle("fsm-past", rest === 0);
         }
     }
 
-    if (faces.length) {
-        tick();
-        setInterval(tick, 1000);
-    }
+    begin();
+    setInterval(tick, 1000);
+    document.addEventListener("fsm:renewed", begin);
 })();

@@ -2,7 +2,8 @@
 // without this: nodes, links, texts and looks are the server's, only places are changed here.
 "use strict";
 
-(() => {
+{
+const layOut = () => {
     const svg = document.querySelector("svg.fsm-map");
     if (!svg || typeof dagre === "undefined") return;
     const nodes = [...svg.querySelectorAll("[data-node]")];
@@ -67,4 +68,8 @@
         });
         return text;
     }
-})();
+};
+
+layOut();
+document.addEventListener("fsm:renewed", layOut); // which brings back the server's places
+}
