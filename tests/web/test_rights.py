@@ -257,6 +257,8 @@ def test_a_search_inside_a_list_or_below_a_hidden_key_is_hidden():
         ([], "must be a dict"),
         ({"MASKS": []}, "has 'MASKS'; it takes 'MASK', 'READ_ONLY'"),
         ({"READ_ONLY": "no"}, "must be True or False, not 'no'"),
+        ({"LIVE": "ws"}, "must be the path of the websocket, like '/ws/fsm_storage/', or False, not 'ws'"),
+        ({"LIVE": True}, "or False, not True"),
         ({"MASK": "phone"}, "'phone' cannot be imported"),
         ({"MASK": [1]}, "must be a list of patterns"),
         ({"MASK": None}, "must be a list of patterns"),
