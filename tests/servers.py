@@ -69,7 +69,13 @@ class Postgres:
                 connection.execute(sql)
 
     def start(self) -> None:
+        deadline = time.monotonic() + _PATIENCE
         self._server.ensure_postgres_running()
+        while not psutil.pid_exists(self.pid):  # the file with the pid may still be the killed one's
+            if time.monotonic() > deadline:
+                raise TimeoutError("PostgreSQL did not start")
+            time.sleep(0.05)
+            self._server.ensure_postgres_running()
 
     def stop(self) -> None:
         """Stop it as an operator does: sessions are ended, nothing is lost."""
@@ -77,8 +83,12 @@ class Postgres:
 
     def kill(self) -> None:
         """Kill the server and all its processes, as a power cut does."""
-        server = psutil.Process(self.pid)
-        self._signal(signal.SIGKILL, [server, *server.children(recursive=True)])
+        try:
+            server = psutil.Process(self.pid)
+            processes = [server, *server.children(recursive=True)]
+        except psutil.NoSuchProcess:  # it found leftovers of the last kill, and gave up by itself
+            return
+        self._signal(signal.SIGKILL, processes)
 
     def remove(self) -> None:
         """Stop it for good and delete its files."""
