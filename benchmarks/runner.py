@@ -53,6 +53,10 @@ class Runner:
         self._measure(Cell("migrate", "", 0, 0.0))
         self._tables.keep_template()
 
+    def clean(self, contender: str) -> None:
+        """Give a contender empty tables."""
+        self._tables.clean(contender)
+
     def run(self, cells: Sequence[Cell], rounds: int, results: Results) -> None:
         """Run every cell once a round, and say how it goes. A cell that fails is left out from then on."""
         failed: set[Cell] = set()

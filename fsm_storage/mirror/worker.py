@@ -40,6 +40,7 @@ BLOCK_MS = 250
 SWEEP_EVERY = 60.0
 MISSED_EVERY = 1.0
 RETRY_SECONDS = 1.0
+COMPLAIN_EVERY = 60.0
 LAST_SECONDS = 2.0
 """How long a mirror that is stopped goes on, if there is something left in the outbox."""
 
@@ -71,7 +72,8 @@ class Mirror:
         self._consumer = f"{socket.gethostname()[:30]}:{os.getpid()}:{random.getrandbits(32):08x}"
         self._stopping = asyncio.Event()
         self._last_at = math.inf
-        self._sweep_at = self._missed_at = 0.0
+        self._sweep_at = self._missed_at = self._complain_at = 0.0
+        self._complaint = ""
 
     def stop(self) -> None:
         """Apply what is in the outbox, for `LAST_SECONDS` at the most, and return from `run`. From its event loop."""
@@ -88,13 +90,20 @@ class Mirror:
                         break
                     await self._pause(STAND_BY_SECONDS * random.uniform(0.7, 1.0))  # noqa: S311 - jitter
                 except (RedisError, OSError, TimeoutError, FSMStorageError) as error:
-                    logger.warning("the mirror of storage %r waits: %s", self.storage.alias, error)
+                    self._complain(error)
                     await self._pause(RETRY_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
         finally:
             await wire.hang_up()
             await self._keeper.close()
             await self._table.close()
         return self.progress
+
+    def _complain(self, error: Exception) -> None:
+        """Log why it waits: once, and again after a while, for as long as the reason is the same."""
+        now = time.monotonic()
+        if str(error) != self._complaint or now >= self._complain_at:
+            self._complaint, self._complain_at = str(error), now + COMPLAIN_EVERY
+            logger.warning("the mirror of storage %r waits: %s", self.storage.alias, error)
 
     async def _take_turn(self, wire: Wire, *, until_empty: bool) -> bool:
         """Be the one who applies for as long as the lease holds; False if another one is."""
