@@ -30,6 +30,9 @@ IS_CHILD = "FSM_TEST_DIR" in os.environ
 # Short, because a socket's path has 107 bytes at the most, and `conftest` removes it at the end.
 TEST_DIR = Path(os.environ.get("FSM_TEST_DIR") or tempfile.mkdtemp(prefix="fsm"))
 
+# Here, not in a fixture: the server that browsers are sent to reads it once, before any test's own settings.
+MIDDLEWARE = ["tests.middleware.strict_csp", *MIDDLEWARE]
+
 SECRET_KEY = "only-for-tests"
 DEBUG = False
 ALLOWED_HOSTS = ["*"]

@@ -20,15 +20,16 @@ from fsm_storage.admin.editing import EditingMixin
 from fsm_storage.admin.funnels import FunnelMixin
 from fsm_storage.admin.mapping import MappingMixin
 from fsm_storage.admin.presentation import ago, badge, clock_of, labelled, peer, record_expiry
+from fsm_storage.admin.theme import STYLES, ModelAdmin
 from fsm_storage.admin.watching import WatchingMixin
 from fsm_storage.models import FSMRecord, FSMRecordQuerySet
 from fsm_storage.rights import mask_for, rights_of
 from fsm_storage.search import HELP, SearchError, search
 
 if TYPE_CHECKING:
-    Base = admin.ModelAdmin[FSMRecord]
+    Base = ModelAdmin[FSMRecord]
 else:
-    Base = admin.ModelAdmin
+    Base = ModelAdmin
 
 
 @admin.register(FSMRecord)
@@ -53,7 +54,7 @@ class RecordAdmin(WatchingMixin, EditingMixin, ActionsMixin, FunnelMixin, Mappin
     change_form_template = "admin/fsm_storage/fsmrecord/change_form.html"
 
     class Media:
-        css = {"all": ["fsm_storage/admin.css"]}
+        css = {"all": STYLES}
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         """Never: a conversation begins with a message to the bot, not with a key typed by hand."""

@@ -15,14 +15,15 @@ from django.utils.translation import gettext_lazy
 
 from fsm_storage.admin.changelist import BoundedPaginator, TransitionChangeList, page_asked
 from fsm_storage.admin.presentation import instant, labelled, local
+from fsm_storage.admin.theme import STYLES, ModelAdmin
 from fsm_storage.admin.timeline import change
 from fsm_storage.models import FSMTransition
 from fsm_storage.rights import rights_of
 
 if TYPE_CHECKING:
-    Base = admin.ModelAdmin[FSMTransition]
+    Base = ModelAdmin[FSMTransition]
 else:
-    Base = admin.ModelAdmin
+    Base = ModelAdmin
 
 
 @admin.register(FSMTransition)
@@ -40,7 +41,7 @@ class TransitionAdmin(Base):
     actions = None
 
     class Media:
-        css = {"all": ["fsm_storage/admin.css"]}
+        css = {"all": STYLES}
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False

@@ -1,4 +1,5 @@
-"""A real Chromium against a live server, watched: no script error, no request to another host, a strict CSP."""
+"""A real Chromium against a live server, watched: no script error, no request to another host, and nothing that
+the strict policy of `tests.middleware` forbids."""
 
 from __future__ import annotations
 
@@ -17,18 +18,6 @@ from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 from fsm_storage.models import FSMRecord
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-CSP = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'"
-
-
-def strict_csp(get_response: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Middleware: allow what comes from this host in files of its own, and nothing else."""
-
-    def middleware(request: Any) -> Any:
-        response = get_response(request)
-        response["Content-Security-Policy"] = CSP
-        return response
-
-    return middleware
 
 
 # One for each module, not for the session: Playwright keeps an event loop running in this thread, in
@@ -49,13 +38,14 @@ def browser() -> Iterator[Browser]:
     patch.undo()
 
 
-@pytest.fixture(autouse=True)
-def _with_csp(settings: Any) -> None:
-    settings.MIDDLEWARE = ["tests.browser.conftest.strict_csp", *settings.MIDDLEWARE]
+@pytest.fixture
+def site_url(live_server: Any) -> str:
+    """The address of the server that the pages come from."""
+    return str(live_server.url)
 
 
 @pytest.fixture
-def open_page(browser: Browser, _with_csp: None, live_server: Any) -> Iterator[Callable[..., Page]]:
+def open_page(browser: Browser, site_url: str) -> Iterator[Callable[..., Page]]:
     """Open a page as a logged-in superuser; fail the test afterwards if anything in it went wrong."""
     user = User.objects.create_superuser("agent", password="secret")
     client = Client()
@@ -68,17 +58,17 @@ def open_page(browser: Browser, _with_csp: None, live_server: Any) -> Iterator[C
         page.on("pageerror", lambda error: troubles.append(f"script error: {error}"))
         page.on("dialog", lambda dialog: troubles.append(f"dialog: {dialog.message}"))
         page.on("console", lambda message: _note(message, troubles))
-        page.on("request", lambda request: _check_host(request.url, live_server.url, troubles))
+        page.on("request", lambda request: _check_host(request.url, site_url, troubles))
 
     def open_page(path: str, **options: Any) -> Page:
         context = browser.new_context(**options)
         context.set_default_timeout(15_000)
         contexts.append(context)
         name = django_settings.SESSION_COOKIE_NAME
-        context.add_cookies([{"name": name, "value": session, "url": live_server.url}])
+        context.add_cookies([{"name": name, "value": session, "url": site_url}])
         page = context.new_page()
         watch(page)
-        page.goto(live_server.url + path)
+        page.goto(site_url + path)
         return page
 
     yield open_page

@@ -6,21 +6,20 @@ from itertools import pairwise
 import pytest
 from django.core.checks import run_checks
 from django.test import override_settings
-from django.urls import URLPattern, get_resolver
 
 from fsm_storage.admin.actions import Selection
 from fsm_storage.admin.bulk import ACTIONS
 from fsm_storage.admin.forms import Changes
 from fsm_storage.admin.log import logged, noted
-from fsm_storage.models import FSMBulk, FSMRecord, FSMTransition
+from fsm_storage.models import FSMRecord, FSMTransition
 from fsm_storage.rights import HIDDEN, Mask, mask_for, rights_of
+from tests.addresses import SECRET, urls_of
 from tests.web.conftest import LIST, form_of, fresh, html_of, messages_of, page_of
 
 ALL = [
     "view_fsmrecord", "view_data_fsmrecord", "change_state_fsmrecord", "change_data_fsmrecord", "bulk_fsmrecord",
     "export_fsmrecord", "delete_fsmrecord", "view_fsmtransition",
 ]  # fmt: skip
-SECRET = "+7-999-SECRET"
 
 
 @pytest.fixture
@@ -35,35 +34,6 @@ def record(make_record, make_user):
     with logged(make_user(), [(record, noted(record, changes))]):
         record.edit(**changes.as_arguments())
     return fresh(record)
-
-
-def urls_of(record):
-    """Every address of the app in the admin, with this record's numbers filled in."""
-    step = FSMTransition.objects.of(record).first()
-    found = []
-    for name in _names(get_resolver(), []):
-        pk = step.pk if "fsmtransition" in name else record.pk
-        number = name.replace("<path:object_id>", str(pk)).replace("<int:bulk_id>", str(_bulk_of(record)))
-        found.append(f"/{number}")
-    return found
-
-
-def _bulk_of(record):
-    bulk, _made = FSMBulk.objects.get_or_create(action="clear_state", actor="x")
-    bulk.items.get_or_create(
-        record_id=record.pk, key=record.key, outcome="changed", before={"data": {"phone": SECRET}}
-    )
-    return bulk.pk
-
-
-def _names(resolver, prefix):
-    for pattern in resolver.url_patterns:
-        route = [*prefix, str(pattern.pattern)]
-        if isinstance(pattern, URLPattern):
-            if "fsm_storage" in "".join(route) and "(?P" not in "".join(route):
-                yield "".join(route)
-        else:
-            yield from _names(pattern, route)
 
 
 def test_the_walk_finds_the_urls(record):

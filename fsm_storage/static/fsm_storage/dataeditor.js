@@ -30,8 +30,7 @@ function adoptStyles() {
 }
 
 function isDark() {
-    const { theme } = document.documentElement.dataset;
-    return theme === "dark" || (theme !== "light" && matchMedia("(prefers-color-scheme: dark)").matches);
+    return getComputedStyle(document.documentElement).colorScheme === "dark";
 }
 
 function read(text) {

@@ -1,0 +1,126 @@
+"""The admin under django-unfold, which a project switches on in its settings and needs no code for."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fsm_storage.models import FSMRecord
+from tests.browser.contrast import weak_texts
+from tests.browser.test_admin import LIST, PHONE, brightness, colours, overflow, page_of
+from tests.browser.test_every_page import SCREENS, everything, test_every_page_is_clean_legible_and_fits
+from tests.servers import ROOT, child_env, free_port
+
+__all__ = ["everything", "test_every_page_is_clean_legible_and_fits"]
+
+pytestmark = [pytest.mark.browser, pytest.mark.django_db(transaction=True)]
+
+
+@pytest.fixture(scope="module")
+def unfold_server(django_db_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server in a process of its own: which admin there is is settled when Django starts."""
+    port, log = free_port(), tmp_path_factory.mktemp("unfold") / "log"
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            [sys.executable, "manage.py", "runserver", "--noreload", "--insecure", f"127.0.0.1:{port}"],
+            cwd=ROOT,
+            env=child_env({"DJANGO_SETTINGS_MODULE": "tests.unfold_settings"}),
+            stdout=file,
+            stderr=file,
+        )
+    try:
+        _wait_for(port, server, log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+def _wait_for(port: int, server: subprocess.Popen[bytes], log: Path, patience: float = 60.0) -> None:
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline and server.poll() is None:
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    pytest.fail(f"the server did not start: {log.read_text()}")
+
+
+@pytest.fixture
+def site_url(unfold_server: str) -> str:
+    return unfold_server
+
+
+def test_it_is_unfold(open_page, make_record):
+    make_record(1001, state="Order:item")
+    page = open_page(LIST)
+    assert page.locator("link[href*='unfold/css/styles.css']").count() == 1
+    assert page.locator("link[href*='fsm_storage/unfold.css']").count() == 1
+    assert page.locator("link[href*='admin/css/base.css']").count() == 0
+    assert page.locator("[class*='material-symbols']").count()
+
+
+@pytest.mark.parametrize("options", SCREENS)
+def test_mend_with_a_preview_and_a_conflict(open_page, make_record, options):
+    record = make_record(1001, state="Order:item", data={"a": 1})
+    page = open_page(page_of(record), **options)
+    page.select_option("#id_state", label="Order:payment")
+    page.fill("#id_data_json", '{"a": 2}')
+    page.click("button[name=_preview]:visible")
+    assert "Order:payment" in page.locator(".fsm-preview").inner_text()
+    assert FSMRecord.objects.get(pk=record.pk).state == "Order:item"
+    assert (weak_texts(page), overflow(page)) == ([], 0)
+    record.edit(state="Support:waiting", data={"a": 1, "b": 1}, source="bot")
+    page.click("button[name=_save]:visible")
+    page.wait_for_selector(".fsm-conflict")
+    assert (weak_texts(page), overflow(page)) == ([], 0)
+    page.check("input[name=choice-state][value=yours]")
+    page.click("button[name=_save_merged]")
+    page.wait_for_selector("#result_list")
+    after = FSMRecord.objects.get(pk=record.pk)
+    assert (after.state, after.data) == ("Order:payment", {"a": 2, "b": 1})
+
+
+@pytest.mark.parametrize("options", SCREENS)
+def test_change_many(open_page, make_record, options):
+    first, second = (make_record(number, state="Order:item") for number in (1001, 1002))
+    page = open_page(LIST, **options)
+    for box in page.locator("input.action-select").all():
+        box.check()
+    page.select_option("select[name=action]", "clear_state")
+    page.click("button[name=index]")
+    page.wait_for_selector("button[name=run]")
+    assert (weak_texts(page), overflow(page)) == ([], 0)
+    page.click("button[name=run]")
+    page.wait_for_selector(".fsm-outcomes")
+    assert (weak_texts(page), overflow(page)) == ([], 0)
+    assert [FSMRecord.objects.get(pk=record.pk).state for record in (first, second)] == [None, None]
+
+
+def test_from_the_list_to_the_map(open_page, make_record):
+    make_record(1001, state="Order:item").edit(state="Order:size", source="bot")
+    page = open_page(LIST, **PHONE)
+    page.click("text=Map")
+    page.wait_for_selector(".fsm-map[data-layout=dagre]")
+    assert page.locator("h1.fsm-title").inner_text() == "Map"
+
+
+def test_dark_is_what_unfold_says(open_page, make_record):
+    """Its switch goes before what the system prefers."""
+    record = make_record(1001, state="Order:item", data={"a": 1})
+    page = open_page(page_of(record), color_scheme="dark")
+    badge = ".fsm-badge.fsm-c4"
+    page.wait_for_selector("html.dark")
+    dark = colours(page, badge)
+    assert brightness(dark[0]) < brightness(dark[1])
+    page.evaluate("localStorage.setItem('adminTheme', '\"light\"')")
+    page.reload()
+    page.wait_for_selector("html:not(.dark)")
+    light = colours(page, badge)
+    assert brightness(light[0]) > brightness(light[1])
