@@ -5,7 +5,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 PYTEST_ARGS ?=
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint messages clean
 
 # The example project with a bot, talking people and the admin, on this machine alone; `make demo REDIS=1` with Redis.
 demo: $(VENV)/.installed
@@ -22,6 +22,11 @@ lint: $(VENV)/.installed
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) manage.py makemigrations --check --dry-run
+
+# Collect the texts of the app into its catalogs, and compile what is translated. Needs gettext.
+messages: $(VENV)/.installed
+	cd fsm_storage && $(abspath $(RUN)) -m django makemessages --all --no-obsolete --no-wrap --no-location
+	cd fsm_storage && $(abspath $(RUN)) -m django compilemessages
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
