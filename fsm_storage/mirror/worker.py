@@ -14,9 +14,10 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from redis.exceptions import RedisError, ResponseError
 
@@ -29,6 +30,7 @@ from fsm_storage.mirror.announcing import announce_missed
 from fsm_storage.mirror.applying import Applier, Entry
 from fsm_storage.outbox import aside_name, stream_name
 
+T = TypeVar("T")
 logger = logging.getLogger("fsm_storage")
 
 GROUP = "mirror"
@@ -72,6 +74,8 @@ class Mirror:
         self._consumer = f"{socket.gethostname()[:30]}:{os.getpid()}:{random.getrandbits(32):08x}"
         self._stopping = asyncio.Event()
         self._last_at = math.inf
+        # One thread for all that is asked of the database: it has one connection.
+        self._thread = ThreadPoolExecutor(1, f"fsm_storage {storage.alias} mirror")
         self._sweep_at = self._missed_at = self._complain_at = 0.0
         self._complaint = ""
 
@@ -96,7 +100,11 @@ class Mirror:
             await wire.hang_up()
             await self._keeper.close()
             await self._table.close()
+            self._thread.shutdown(wait=False)
         return self.progress
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     def _complain(self, error: Exception) -> None:
         """Log why it waits: once, and again after a while, for as long as the reason is the same."""
@@ -117,7 +125,7 @@ class Mirror:
             self.is_active = False
             with suppress(FSMStorageError):
                 self._keeper.release(lease)
-            await asyncio.to_thread(self._table.release)
+            await self._in_thread(self._table.release)
         return True
 
     async def _apply_all(self, wire: Wire, lease: Lease, *, until_empty: bool) -> None:
@@ -173,7 +181,7 @@ class Mirror:
         """Apply entries, then tell Redis: whoever dies in between has them applied again, to no effect."""
         (clock,) = await wire.ask([("TIME",)])
         now_ms = int(clock[0]) * 1000 + int(clock[1]) // 1000
-        applied = await asyncio.to_thread(self._applier.apply, entries, now_ms)
+        applied = await self._in_thread(self._applier.apply, entries, now_ms)
         ids = [entry.id for entry in entries]
         commands: list[tuple[Any, ...]] = []
         for entry, reason in applied.poison:
@@ -203,7 +211,7 @@ class Mirror:
             await self._announce_missed(wire)
         if now >= self._sweep_at:
             self._sweep_at = now + SWEEP_EVERY
-            await asyncio.to_thread(self._table.sweep)
+            await self._in_thread(self._table.sweep)
 
     async def _announce_missed(self, wire: Wire) -> int:
         return await announce_missed(wire, self.storage)

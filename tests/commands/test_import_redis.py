@@ -11,10 +11,9 @@ import pytest
 import redis
 from aiogram.fsm.storage.base import DefaultKeyBuilder, StorageKey
 from aiogram.fsm.storage.redis import RedisEventIsolation, RedisStorage
-from django.db.models.functions import Now
 
 from fsm_storage import DjangoStorage
-from fsm_storage.models import FSMRecord
+from fsm_storage.models import FSMRecord, UtcNow
 from tests.commands.conftest import Run
 from tests.rows import in_thread, record, records, transitions
 
@@ -208,7 +207,7 @@ def test_more_than_a_batch_and_parts_that_expire_soon(
     fill(redis_url, contents, ttl=290)  # both keys of each are read, as one may be gone by then
     said = run("fsm_import", "--from", redis_url, "--alias", database, "--bot-id", BOT, "--json")
     assert said.json["written"] == 1300
-    assert FSMRecord.objects.using(database).filter(state_expires_at__gt=Now()).count() == 1300
+    assert FSMRecord.objects.using(database).filter(state_expires_at__gt=UtcNow()).count() == 1300
     assert read(storage, keys) == contents
 
 

@@ -56,7 +56,7 @@ async def none_left(isolation: DjangoEventIsolation, database: str) -> None:
     """The rows go a moment after the lock was left."""
     _, lines = isolation._open()
     assert lines._lines == {}
-    for _ in range(200):
+    for _ in range(500):
         if not await in_thread(leases, database):
             break
         await asyncio.sleep(0.02)
@@ -250,7 +250,7 @@ async def test_handed_over_between_processes_within_a_fifth_of_a_second(
             await asyncio.sleep(0.3)
             left = time.monotonic()
         waited.append(await waiting - left)
-    assert statistics.median(waited) < 0.12
+    assert statistics.median(waited) < 0.2
     assert max(waited) < (0.2 if os.getloadavg()[0] < 2 else 1.0)
 
 

@@ -121,7 +121,10 @@ async def test_handlers_that_cannot_be_imported_leave_everything(make_storage: M
         (["--watch", "--bot", "a.b"], "has the option 'expiry'"),
     ],
 )
-def test_wrong_arguments_are_named(database: str, arguments: list[str], match: str) -> None:
+def test_wrong_arguments_are_named(
+    make_storage: Make, database: str, arguments: list[str], match: str
+) -> None:
+    make_storage()
     with pytest.raises(CommandError, match=match):
         call_command("fsm_sweep", "--alias", database, *arguments)
 

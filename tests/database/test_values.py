@@ -401,7 +401,7 @@ async def test_data_that_no_packet_holds_is_refused_by_name_and_alone(
     make_storage: Make, database: str, history: str
 ) -> None:
     """Four million characters of four bytes each are as much as the server takes, and then there is the rest."""
-    storage = make_storage(history=history)
+    storage = make_storage(history=history, timeout=30)
     await storage.set_data(chat(0), {"old": 0})
     large = {"text": "\U0001f600" * 4_190_000}
     refused, *kept = await asyncio.gather(

@@ -66,7 +66,7 @@ def test_good_settings_are_quiet() -> None:
         ({"redis": "nowhere.client"}, "E031", "nowhere"),
         ({"redis": f"{__name__}.URL"}, "E031", "must be a client of redis.asyncio"),
         ({"redis": CLUSTER}, "E031", "Cluster cannot write a key and the outbox"),
-        ({"url": URL, "mirror": 1}, "E007", "mirror must be True or False"),
+        ({"url": URL, "mirror": 1}, "E007", "mirror must be True, False or 'apart'"),
         ({"url": URL, "outbox_bytes": 0}, "E007", "outbox_bytes must be a whole number above 0"),
         ({"url": URL, "state_ttl": 0}, "E004", "above 0"),
         ({"url": URL, "colour": "red"}, "E003", "does not take"),
