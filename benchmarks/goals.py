@@ -101,6 +101,7 @@ GOALS = [
     Goal("Redis, C=512, mirrored", 4, 5, _REDIS, _to_redis("ours-redis-mirrored", 512)),
     Goal("a Dispatcher, C=64, SQLite", 0.9, 0.97, _MEMORY, _dispatcher("ours-sqlite-states")),
     Goal("a Dispatcher, C=64, PostgreSQL", 0.9, 0.97, _MEMORY, _dispatcher("ours-postgres-states")),
+    Goal("lock and unlock, C=64, Redis", 1, 3, _LOCKS, _locks("ours-redis-alone")),
     Goal("lock and unlock, C=64, SQLite", 1, 3, _LOCKS, _locks("ours-sqlite-states")),
     Goal("lock and unlock, C=64, PostgreSQL", 1, 3, _LOCKS, _locks("ours-postgres-states")),
 ]

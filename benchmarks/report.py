@@ -22,6 +22,7 @@ _STATEMENT_FIELDS = ("get_us", "bare_get_us", "set_us", "bare_set_us")
 
 _ISOLATIONS = {
     "redis": "aiogram RedisEventIsolation",
+    "ours-redis-alone": "DjangoEventIsolation, Redis",
     "ours-sqlite-states": "DjangoEventIsolation, SQLite",
     "ours-postgres-states": "DjangoEventIsolation, PostgreSQL",
 }

@@ -103,7 +103,7 @@ class Batcher(Generic[Op, Reply]):
     `commit(operations, deadline)` runs in the batcher's thread and returns one reply for each:
     a value, an exception, or `AGAIN`. `deadline` (monotonic) is when its last caller gives up.
     `key(operation)` is what at most one operation of a batch may have; None never collides.
-    `release()` runs in the thread before it ends; `name` is the thread's.
+    `release()` runs in the thread before it ends; `name` is the thread's; `server` is who may not answer.
     """
 
     def __init__(
@@ -116,7 +116,9 @@ class Batcher(Generic[Op, Reply]):
         timeout: float,
         max_pending: int,
         batch_size: int,
+        server: str = "database",
     ) -> None:
+        self._server = server
         self._commit, self._key, self._release, self._name = commit, key, release, name
         self._timeout, self._max_pending, self._batch_size = timeout, max_pending, batch_size
         self.closed = False
@@ -193,7 +195,8 @@ class Batcher(Generic[Op, Reply]):
             return self._lanes.setdefault(loop, Lane(loop, self._give_up))
 
     def _give_up(self) -> StorageTimeout:
-        return StorageTimeout(self._timeout, "the database is busy or away; a write may still be carried out")
+        reason = f"the {self._server} is busy or away; a write may still be carried out"
+        return StorageTimeout(self._timeout, reason)
 
     async def _wait_for_room(self, lane: Lane, deadline: float) -> None:
         room: asyncio.Future[None] = lane.loop.create_future()

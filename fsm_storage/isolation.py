@@ -13,16 +13,15 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractAsyncContextManager, suppress
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from aiogram.fsm.storage.base import BaseEventIsolation, StorageKey
 
-from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.backends.fencing import HOLD
 from fsm_storage.conf import storages
 from fsm_storage.dialects import Fence
@@ -34,7 +33,7 @@ from fsm_storage.exceptions import (
     StorageClosed,
     StorageTimeout,
 )
-from fsm_storage.leases import Lease, LeaseKeeper
+from fsm_storage.leases import Lease, LeaseKeeper, LeaseTable
 from fsm_storage.patches import ttl_seconds
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.004, 0.1
@@ -43,19 +42,34 @@ TURN_SECONDS = 1.0
 """For so long a process hands a lease on in its own line. Then it lets others have a look."""
 
 
+@runtime_checkable
+class LeasingStorage(LeaseTable, Protocol):
+    """A storage that keeps leases: `DjangoStorage` in its table, `RedisStorage` in Redis."""
+
+    alias: str
+    timeout: float
+
+    @property
+    def lease_place(self) -> Hashable | None:
+        """Where writes find the leases, equal for storages that write there. None: they cannot."""
+
+    def lease_key(self, key: StorageKey) -> str:
+        """Return the text by which the lease on `key` is known."""
+
+
 class DjangoEventIsolation(BaseEventIsolation):
-    """Lets one handler at a time work on a key, in any number of processes on one database.
+    """Lets one handler at a time work on a key, in any number of processes on one database, or one Redis.
 
         Dispatcher(storage=storage, events_isolation=storage.create_isolation())
 
-    - `alias`: the storage whose database and keys are used; or `storage`: that storage itself.
+    - `alias`: the storage whose database or Redis, and whose keys, are used; or `storage`: that storage itself.
     - `lease`: seconds or timedelta: how long a key stays locked after its process died. It is renewed
       while the handler runs, however long.
     - `timeout`: seconds or timedelta: how long a handler may wait for its turn.
 
     Who waits in one process is served in the order of coming. A handler runs only with the lease:
     entering raises `LeaseTimeout` when the key stays locked, `StorageTimeout` or `StorageUnavailable`
-    when the database does not answer. A waiter that is cancelled leaves nothing behind.
+    when the database or Redis does not answer. A waiter that is cancelled leaves nothing behind.
 
     A handler whose lease could not be renewed in time is cancelled, and the lock raises `LeaseLost`
     when it is left. So does each write through the storage that is made under a lost lease.
@@ -70,19 +84,19 @@ class DjangoEventIsolation(BaseEventIsolation):
         *,
         lease: timedelta | float = 30.0,
         timeout: timedelta | float = 60.0,
-        storage: DjangoStorage | None = None,
+        storage: LeasingStorage | None = None,
     ) -> None:
         self.alias = alias if storage is None else storage.alias
         self.lease, self.timeout = _seconds("lease", lease), _seconds("timeout", timeout)
         self.closed = False
         self._given = storage
-        self._places: tuple[DjangoStorage, Lines] | None = None
+        self._places: tuple[LeasingStorage, Lines] | None = None
         self._starting = threading.Lock()
 
     def lock(self, key: StorageKey) -> AbstractAsyncContextManager[None]:  # type: ignore[override] # more general
         """Return a context in which nobody else works on `key`: see the class."""
         storage, lines = self._open()
-        return Lock(storage, lines, storage.key_text(key))
+        return Lock(storage, lines, storage.lease_key(key))
 
     async def close(self) -> None:
         """Give all leases back. Who still works under one is cancelled; who waits gets `StorageClosed`."""
@@ -90,18 +104,19 @@ class DjangoEventIsolation(BaseEventIsolation):
         if self._places is not None:
             await self._places[1].close()
 
-    def _open(self) -> tuple[DjangoStorage, Lines]:
+    def _open(self) -> tuple[LeasingStorage, Lines]:
         """Return the storage and the lines before it. Raises `InvalidStorageError`, `StorageClosed`."""
         if self.closed:
             raise StorageClosed("isolation")
         places = self._places
         if places is None or (self._given is None and places[0].closed):
             with self._starting:
-                storage = self._given or storages[self.alias]
-                if not isinstance(storage, DjangoStorage):
+                storage: object = self._given or storages[self.alias]
+                if not isinstance(storage, LeasingStorage):
                     name = type(storage).__name__
                     raise InvalidStorageError(
-                        f"DjangoEventIsolation needs a DjangoStorage, but {self.alias!r} is a {name}"
+                        "DjangoEventIsolation needs a storage that keeps leases, DjangoStorage or "
+                        f"RedisStorage, but {self.alias!r} is a {name}"
                     )
                 keeper = LeaseKeeper(storage, self.lease)
                 places = self._places = storage, Lines(keeper, self.timeout, storage.timeout)
@@ -218,7 +233,7 @@ class Lines:
                 raise
             if is_known:
                 raise LeaseTimeout(key, self.timeout) from None
-            raise StorageTimeout(self.timeout, "the database does not say whether the key is free") from None
+            raise StorageTimeout(self.timeout, "it is not known whether the key is free") from None
 
 
 class _Line:
@@ -284,7 +299,7 @@ class Lock(AbstractAsyncContextManager[None]):
         "storage",
     )
 
-    def __init__(self, storage: DjangoStorage, lines: Lines, key: str) -> None:
+    def __init__(self, storage: LeasingStorage, lines: Lines, key: str) -> None:
         self.storage, self.lines, self.key = storage, lines, key
 
     async def __aenter__(self) -> None:
@@ -309,14 +324,15 @@ class Lock(AbstractAsyncContextManager[None]):
             if error is None or (is_ours and isinstance(error, asyncio.CancelledError)):
                 raise LeaseLost(self.key) from error
 
-    def fence(self, database: str, alias: str) -> Fence | None:
+    def fence(self, place: Hashable | None) -> Fence | None:
         """See `fencing.Hold`."""
         if self._is_left:
             return None
         if self._lease.is_over():
             raise LeaseLost(self.key)
-        is_there = (database, alias) == (self.storage.database, self.storage.alias)
-        return Fence(self.key, self._lease.token) if is_there else None
+        if place is None or place != self.storage.lease_place:
+            return None
+        return Fence(self.key, self._lease.token)
 
     def _lose(self) -> None:
         """Called in the thread that renews."""

@@ -282,6 +282,15 @@ class DjangoStorage(MovesChats, BaseStorage):
         isolation: BaseEventIsolation = loaded("fsm_storage.DjangoEventIsolation")(storage=self, **options)
         return isolation
 
+    @property
+    def lease_place(self) -> Hashable:
+        """Where the writes find the leases."""
+        return self.database, self.alias
+
+    def lease_key(self, key: StorageKey) -> str:
+        """Return the text by which the lease on `key` is known: that of the record."""
+        return self.key_text(key)
+
     def key_text(self, key: StorageKey) -> str:
         """Return the text by which `key` is known in the database. Raises `InvalidKey`, `InvalidKeyType`."""
         return record_key(key, self._key_builder)
@@ -293,7 +302,7 @@ class DjangoStorage(MovesChats, BaseStorage):
 
     def _write(self, write: Write) -> Awaitable[Any]:
         hold = HOLD.get()
-        if hold is not None and (fence := hold.fence(self.database, self.alias)):
+        if hold is not None and (fence := hold.fence(self.lease_place)):
             write = write._replace(fence=fence)
         if signals.is_heard():
             # Shielded: a caller that is cancelled stops waiting, but what it wrote is told all the same.

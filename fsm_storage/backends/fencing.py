@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -11,8 +12,8 @@ from fsm_storage.dialects import Fence
 class Hold(Protocol):
     """A lock that a handler is in."""
 
-    def fence(self, database: str, alias: str) -> Fence | None:
-        """Return what a write to a storage must find in its table, if it can be found there.
+    def fence(self, place: Hashable | None) -> Fence | None:
+        """Return what a write to `place` must find, if it can be found there: see `LeasingStorage`.
 
         None once the lock was left: tasks that the handler started may outlive it. Raises `LeaseLost`.
         """

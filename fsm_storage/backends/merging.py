@@ -17,6 +17,7 @@ from aiogram.fsm.storage.base import StorageKey
 
 from fsm_storage.backends.writing import DONE, Write
 from fsm_storage.codec import WireCodec
+from fsm_storage.dialects import Fence
 from fsm_storage.exceptions import InvalidData, StorageTimeout
 from fsm_storage.outbox import DATA, Record
 from fsm_storage.patches import EMPTY
@@ -33,6 +34,7 @@ class Merge(NamedTuple):
     key: StorageKey
     data: dict[str, Any]
     ttl_ms: int | None
+    fence: Fence | None = None
 
 
 _Waiter: TypeAlias = tuple[Merge, "asyncio.Future[Any]"]
@@ -105,13 +107,14 @@ class Merger:
     async def _compare_and_set(
         self, merge: Merge, group: list[_Waiter], deadline: float
     ) -> tuple[str, dict[str, Any]]:
-        """Merge `merge`, and those who wait behind it, which are moved to `group`."""
+        """Merge `merge`, and those under the same lease who wait behind it, which are moved to `group`."""
         found: bytes | None = await self._store.read(merge.name, deadline)
         failures = 0
         while True:
             waiting = self._waiting[merge.name]
-            group += waiting
-            waiting.clear()
+            for waiter in [waiter for waiter in waiting if waiter[0].fence == merge.fence]:
+                waiting.remove(waiter)
+                group.append(waiter)
             group[:] = [waiter for waiter in group if not waiter[1].done()]
             try:
                 text, data = self._fold(found, merge, group)
@@ -124,7 +127,7 @@ class Merger:
                 text, data = self._fold(found, merge, [])
             last = group[-1][0] if group else merge
             record = Record(merge.key, DATA, None if text == EMPTY else text, last.ttl_ms)
-            reply = await self._store.write(Write(merge.name, record, found), deadline)
+            reply = await self._store.write(Write(merge.name, record, found, merge.fence), deadline)
             if reply == DONE:
                 return text, data
             found = reply

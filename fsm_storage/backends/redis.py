@@ -5,38 +5,37 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-from aiogram.fsm.storage.base import BaseStorage, DefaultKeyBuilder, KeyBuilder, StateType, StorageKey
-from aiogram.fsm.storage.redis import RedisEventIsolation
+from aiogram.fsm.storage.base import (
+    BaseEventIsolation,
+    BaseStorage,
+    DefaultKeyBuilder,
+    KeyBuilder,
+    StateType,
+    StorageKey,
+)
 from asgiref.sync import async_to_sync
 from django.core.checks import CheckMessage
 from django.utils.module_loading import import_string
 from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import RedisError
 
 from fsm_storage.backends.arguments import TtlOption, own_ttl
-from fsm_storage.backends.merging import Merge, Merger
+from fsm_storage.backends.fencing import HOLD
+from fsm_storage.backends.merging import Merge
 from fsm_storage.backends.options import checked_options, loaded
-from fsm_storage.backends.pipeline import Pipeline
 from fsm_storage.backends.redis_editing import RedisEditor, Wish, wait_for_mirror
+from fsm_storage.backends.redis_leases import LOCK, Claims
+from fsm_storage.backends.redis_leases import carry_out as carry_out_claims
 from fsm_storage.backends.redis_options import check_redis_options, client
-from fsm_storage.backends.wire import Wire, is_passing, wire_for
-from fsm_storage.backends.writing import (
-    BATCH_BYTES,
-    BATCH_SIZE,
-    READ,
-    READ_IN_SCRIPT,
-    Command,
-    Outbox,
-    Write,
-    write_command,
-)
+from fsm_storage.backends.redis_side import Side
+from fsm_storage.backends.wire import wire_for
+from fsm_storage.backends.writing import Outbox, Write
 from fsm_storage.codec import Dumps, Loads, WireCodec
-from fsm_storage.dialects import History
+from fsm_storage.dialects import Claim, Fence, History
 from fsm_storage.exceptions import (
     CorruptData,
     InvalidStorageError,
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
     from fsm_storage.models import FSMRecord
 
 OUTBOX_BYTES = 256 * 1024 * 1024
-_MEASURE_SECONDS = 0.5
 
 
 class RedisStorage(BaseStorage):
@@ -121,8 +119,9 @@ class RedisStorage(BaseStorage):
             STATE: _ttl_ms(Ttl(ttl_seconds(state_ttl))),
             DATA: _ttl_ms(Ttl(ttl_seconds(data_ttl))),
         }
-        self._limits = (timeout, max_pending, outbox_bytes)
-        self._sides: dict[asyncio.AbstractEventLoop, _Side] = {}
+        self.timeout, self._limits = timeout, (timeout, max_pending, outbox_bytes)
+        self._sides: dict[asyncio.AbstractEventLoop, Side] = {}
+        self._claims = Claims(self.redis, alias, timeout, max_pending)
         self._lock = threading.Lock()
         self._mirroring: Mirroring | None = None
         self.closed = False
@@ -139,9 +138,47 @@ class RedisStorage(BaseStorage):
         """System checks of the `OPTIONS` of one alias."""
         return check_redis_options(cls, alias, options)
 
-    def create_isolation(self, **kwargs: Any) -> RedisEventIsolation:
-        """Return aiogram's isolation, on the same Redis and the same keys."""
-        return RedisEventIsolation(redis=cast(Redis, self.redis), key_builder=self.key_builder, **kwargs)
+    def create_isolation(self, **options: Any) -> BaseEventIsolation:
+        """Return a `DjangoEventIsolation` with its leases in this Redis, under the keys of aiogram's locks.
+
+        `options`: `lease` and `timeout`, seconds or timedelta.
+        """
+        if "lock_kwargs" in options:
+            raise InvalidStorageError(
+                "create_isolation() of RedisStorage takes no lock_kwargs: in place of their timeout, give "
+                "lease=…, which is renewed while a handler runs; of their blocking_timeout, timeout=…"
+            )
+        isolation: BaseEventIsolation = loaded("fsm_storage.DjangoEventIsolation")(storage=self, **options)
+        return isolation
+
+    @property
+    def lease_place(self) -> Hashable | None:
+        """Where the writes find the leases. None for a Cluster: they may be on different nodes."""
+        return None if isinstance(self.redis, RedisCluster) else self.redis
+
+    def lease_key(self, key: StorageKey) -> str:
+        """Return the Redis key of the lease on `key`."""
+        return self._name(key, LOCK)
+
+    def submit(self, claim: Claim) -> Awaitable[Any]:
+        """Carry out a claim, in a batch with others."""
+        return self._claims.batcher.submit(claim)
+
+    async def finish(self, claims: Sequence[Claim]) -> None:
+        """Carry out claims, also after `close()`. Raises the first error."""
+        wire = wire_for(self.redis)
+        try:
+            async with asyncio.timeout(self.timeout):
+                replies = await carry_out_claims(wire, claims, self.alias) if claims else []
+        except (RedisError, OSError, TimeoutError) as error:
+            raise RedisUnavailable(self.alias, error) from error
+        finally:
+            await wire.hang_up()
+            if self.closed and isinstance(self.redis, RedisCluster):
+                await self.redis.aclose()
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
 
     async def set_state(self, key: StorageKey, state: StateType = None, ttl: TtlOption | Keep = KEEP) -> None:
         """Set the state. `ttl`: how long this state lives, in place of the storage's `state_ttl`; None: for ever.
@@ -150,7 +187,7 @@ class RedisStorage(BaseStorage):
         """
         name = self._name(key, STATE)
         record = Record(key, STATE, state_text(state, name), self._ttl_of(STATE, ttl, name))
-        await self._side().writes.submit(Write(name, record))
+        await self._side().writes.submit(Write(name, record, fence=self._fence()))
 
     async def get_state(self, key: StorageKey) -> str | None:
         name = self._name(key, STATE)
@@ -165,7 +202,7 @@ class RedisStorage(BaseStorage):
         name = self._name(key, DATA)
         text = self.codec.encode(data, name)
         record = Record(key, DATA, None if text == EMPTY else text, self._ttl_of(DATA, ttl, name))
-        await self._side().writes.submit(Write(name, record))
+        await self._side().writes.submit(Write(name, record, fence=self._fence()))
 
     async def get_data(self, key: StorageKey) -> dict[str, Any]:
         name = self._name(key, DATA)
@@ -185,7 +222,8 @@ class RedisStorage(BaseStorage):
         `ttl`: how long the whole data lives from now, in place of the storage's `data_ttl`; None: for ever.
         """
         name = self._name(key, DATA)
-        merge = Merge(name, key, self.codec.detached(data, name), self._ttl_of(DATA, ttl, name))
+        ttl_ms = self._ttl_of(DATA, ttl, name)
+        merge = Merge(name, key, self.codec.detached(data, name), ttl_ms, self._fence())
         return await self._side().merger.merge(merge)
 
     async def close(self) -> None:
@@ -194,9 +232,10 @@ class RedisStorage(BaseStorage):
         self._refuse()
         if own is not None:
             await own.close()
+        await self._claims.batcher.close()
         if self._mirroring is not None:
             self._mirroring.stop()
-            await asyncio.to_thread(self._mirroring.join, self._limits[0])
+            await asyncio.to_thread(self._mirroring.join, self.timeout)
         if isinstance(self.redis, RedisCluster):
             await self.redis.aclose()
         else:
@@ -207,7 +246,7 @@ class RedisStorage(BaseStorage):
         self._refuse()
         if self._mirroring is not None:
             self._mirroring.stop()
-            self._mirroring.join(self._limits[0])
+            self._mirroring.join(self.timeout)
 
     def edit(
         self,
@@ -240,7 +279,7 @@ class RedisStorage(BaseStorage):
         editor = RedisEditor(wire, self.alias, self.key_builder, self.codec, self._ttl_ms)
         changed = {}
         try:
-            async with asyncio.timeout(self._limits[0]):
+            async with asyncio.timeout(self.timeout):
                 for record, if_version in records:
                     version = await editor.edit(record, wish, if_version)
                     if version is not None:
@@ -253,6 +292,7 @@ class RedisStorage(BaseStorage):
 
     def _refuse(self) -> None:
         self.closed = True
+        self._claims.batcher.shut()
         with self._lock:
             sides = list(self._sides.values())
         for side in sides:
@@ -261,7 +301,12 @@ class RedisStorage(BaseStorage):
             except RuntimeError:  # the loop was closed, and took its connections with it
                 continue
 
-    def _name(self, key: StorageKey, part: Part) -> str:
+    def _fence(self) -> Fence | None:
+        """Return the lease under which the caller writes, if it is one of this Redis. Raises `LeaseLost`."""
+        hold = HOLD.get()
+        return None if hold is None else hold.fence(self.lease_place)
+
+    def _name(self, key: StorageKey, part: Part | Literal["lock"]) -> str:
         check_key(key)
         name = self.key_builder.build(key, part)
         check_key_text(name)
@@ -270,10 +315,10 @@ class RedisStorage(BaseStorage):
     def _ttl_of(self, part: Part, ttl: TtlOption | Keep, name: str) -> int | None:
         return self._ttl_ms[part] if ttl is KEEP else _ttl_ms(own_ttl(ttl, name))
 
-    def _side(self) -> _Side:
+    def _side(self) -> Side:
         return self._sides.get(asyncio.get_running_loop()) or self._add_side()
 
-    def _add_side(self) -> _Side:
+    def _add_side(self) -> Side:
         if self.closed:
             raise StorageClosed
         loop = asyncio.get_running_loop()
@@ -283,7 +328,7 @@ class RedisStorage(BaseStorage):
                 del self._sides[old]
             self._start_mirroring()
             outbox = Outbox(stream_name(self.alias), missed_name(self.alias)) if self.mirror else None
-            side = self._sides[loop] = _Side(self.redis, self.codec, outbox, self.alias, self._limits)
+            side = self._sides[loop] = Side(self.redis, self.codec, outbox, self.alias, self._limits)
             return side
 
     def _start_mirroring(self) -> None:
@@ -304,120 +349,6 @@ class Mirroring(Protocol):
     def join(self, timeout: float | None = None) -> None: ...
 
     def is_alive(self) -> bool: ...
-
-
-class _Side:
-    """What one event loop has of a storage: two pipelines with a connection each, and its merges.
-
-    Reads have their own, so that they need not wait for a batch of writes.
-    """
-
-    def __init__(
-        self,
-        redis: Redis | RedisCluster,
-        codec: WireCodec,
-        outbox: Outbox | None,
-        alias: str,
-        limits: tuple[float, int, int],
-    ) -> None:
-        self.loop = asyncio.get_running_loop()
-        timeout, max_pending, outbox_bytes = limits
-        self._alias, self._outbox, self._outbox_bytes = alias, outbox, outbox_bytes
-        self._measure_at, self._sent = 0.0, 0
-        self.reads: Pipeline[tuple[str, Part]] = Pipeline(
-            wire_for(redis), self._read, alias=alias, timeout=timeout, max_pending=max_pending,
-            batch_size=BATCH_SIZE, batch_bytes=BATCH_SIZE, size=lambda _: 0,
-        )  # fmt: skip
-        self.writes: Pipeline[Write] = Pipeline(
-            wire_for(redis), self._carry_out, alias=alias, timeout=timeout, max_pending=max_pending,
-            batch_size=BATCH_SIZE, batch_bytes=BATCH_BYTES, size=_size,
-        )  # fmt: skip
-        self.merger = Merger(self, codec, timeout)
-
-    def read(self, name: str, deadline: float) -> Awaitable[Any]:
-        return self.reads.submit((name, DATA), deadline)
-
-    def write(self, write: Write, deadline: float) -> Awaitable[Any]:
-        return self.writes.submit(write, deadline)
-
-    async def close(self) -> None:
-        await asyncio.gather(self.reads.close(), self.writes.close())
-
-    def shut(self) -> None:
-        self.reads.shut()
-        self.writes.shut()
-
-    async def _read(self, wire: Wire, reads: Sequence[tuple[str, Part]]) -> Sequence[Any]:
-        names = [name for name, _ in reads]
-        replies: Sequence[Any]
-        if wire.one_key or len(reads) < READ_IN_SCRIPT:
-            replies = await wire.ask([("GET", name) for name in names])
-        else:
-            replies = await _run(lambda whole: wire.ask([READ.command(names, whole=whole)]))
-        return self._sorted_out(reads, replies)
-
-    async def _carry_out(self, wire: Wire, writes: Sequence[Write]) -> Sequence[Any]:
-        replies: Sequence[Any]
-        if wire.one_key:  # each node has scripts of its own: with the text, nothing need be known of them
-            answers = await wire.ask([write_command([write], None, whole=True) for write in writes])
-            replies = [answer if isinstance(answer, Exception) else answer[0] for answer in answers]
-        else:
-            replies = await _run(
-                lambda whole: self._ask(wire, write_command(writes, self._outbox, whole=whole))
-            )
-            self._sent += sum(map(_size, writes))
-        return self._sorted_out([(write.name, write.record.part) for write in writes], replies)
-
-    def _sorted_out(self, keys: Sequence[tuple[str, Part]], replies: Sequence[Any]) -> Sequence[Any]:
-        """Turn refusals into errors that name the key; raise one that the whole batch should be sent again for."""
-        if not any(isinstance(reply, Exception) for reply in replies):
-            return replies
-        for reply in replies:
-            if isinstance(reply, Exception) and is_passing(reply):
-                raise reply
-        return [
-            _refusal(self._alias, key, reply) if isinstance(reply, Exception) else reply
-            for key, reply in zip(keys, replies, strict=True)
-        ]
-
-    async def _ask(self, wire: Wire, command: Command) -> list[Any]:
-        """Ask, and now and then, or after many bytes, also how large the outbox has become."""
-        outbox, now = self._outbox, time.monotonic()
-        if outbox is None or (now < self._measure_at and self._sent < self._outbox_bytes // 64):
-            return await wire.ask([command])
-        self._measure_at, self._sent = now + _MEASURE_SECONDS, 0
-        reply, used = await wire.ask([command, ("MEMORY", "USAGE", outbox.stream)])
-        # None: there is no outbox yet. An error: this Redis does not tell, and there is no limit.
-        self._outbox = outbox._replace(is_full=isinstance(used, int) and used >= self._outbox_bytes)
-        return [reply]
-
-
-async def _run(ask: Callable[[bool], Awaitable[list[Any]]]) -> list[Any]:
-    """Run a script, by its text if Redis does not have it: a new server, or one after SCRIPT FLUSH."""
-    (reply,) = await ask(False)
-    if isinstance(reply, NoScriptError):
-        (reply,) = await ask(True)
-    if isinstance(reply, Exception):
-        raise reply
-    return cast("list[Any]", reply)
-
-
-def _refusal(alias: str, key: tuple[str, Part], cause: Exception) -> Exception:
-    name, part = key
-    error: Exception
-    if "WRONGTYPE" in str(cause):
-        error = CorruptData(name, "the Redis key holds another type than a string", part)
-    else:
-        error = RedisUnavailable(alias, cause)
-    error.__cause__ = cause
-    return error
-
-
-def _size(write: Write) -> int:
-    """Return about how many bytes `write` is on its way."""
-    _, record, expected = write
-    size = len(record.value) + 100 if record.value else 100
-    return size if expected is None or expected is KEEP else size + len(expected)
 
 
 def _ttl_ms(ttl: Ttl) -> int | None:

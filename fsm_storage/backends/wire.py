@@ -8,8 +8,8 @@ does not end well, by an error, a timeout or a cancellation, the connection is d
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol, cast
 
 from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
@@ -17,7 +17,13 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.client import NEVER_DECODE
-from redis.exceptions import AuthenticationError, AuthorizationError, RedisError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    NoScriptError,
+    RedisError,
+    ResponseError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -109,6 +115,16 @@ class ClusterWire:
 
     async def hang_up(self) -> None:
         """Keep the client: it belongs to the storage, and mends its connections by itself."""
+
+
+async def run_script(ask: Callable[[bool], Awaitable[list[Any]]]) -> list[Any]:
+    """Run a script, by its text if Redis does not have it: a new server, or one after SCRIPT FLUSH."""
+    (reply,) = await ask(False)
+    if isinstance(reply, NoScriptError):
+        (reply,) = await ask(True)
+    if isinstance(reply, Exception):
+        raise reply
+    return cast("list[Any]", reply)
 
 
 def is_passing(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from hashlib import sha1
 from typing import Any, Final, Literal, NamedTuple
 
+from fsm_storage.dialects import Fence
 from fsm_storage.outbox import Record, encode_header, encode_key
 from fsm_storage.patches import KEEP, Keep
 
@@ -20,11 +21,13 @@ class Write(NamedTuple):
     """One write of one part, into the Redis key `name`.
 
     `expected`: carry it out only where this is the value now (None: where there is none).
+    `fence`: only while this lease is in Redis; else the reply is `LOST`.
     """
 
     name: str
     record: Record
     expected: bytes | Literal[Keep.KEEP] | None = KEEP
+    fence: Fence | None = None
 
 
 class Outbox(NamedTuple):
@@ -53,9 +56,11 @@ READ: Final = Script(
 READ_IN_SCRIPT: Final = 4
 """Reads from which on the script is faster than as many `GET`. Not `MGET`: to it, a list is nothing."""
 
-# KEYS: stream and missed where there is an outbox, then the key of each write.
-# ARGV: the mode, then for each write what to do with its TTL, the value expected, the value, and what the
-# outbox says of it. The reply for each write: 1, or the value that was found instead of the one expected.
+# KEYS: stream and missed where there is an outbox, the key of each write, then those of the leases under
+# which some of them are made.
+# ARGV: the mode and the number of writes; for each write what to do with its TTL, the value expected, the
+# value, and what the outbox says of it; then for each lease its token, and which write is made under it.
+# The reply for each write: 1, 0 if its lease is lost, or the value found instead of the one expected.
 #
 # The outbox entry comes before the values: it is the only command that can fail once the comparisons are
 # done (out of memory, a stream that is none), and then nothing at all has been written. Values are compared
@@ -63,9 +68,15 @@ READ_IN_SCRIPT: Final = 4
 WRITE: Final = Script("""\
 local mode = ARGV[1]
 local first = mode == '-' and 1 or 3
-local replies, todo, now, entry = {}, {}, {}, {}
-for i = first, #KEYS do
-  local key, at = KEYS[i], 2 + (i - first) * 4
+local last = first + ARGV[2] - 1
+local replies, todo, now, entry, lost = {}, {}, {}, {}, {}
+for i = last + 1, #KEYS do
+  local at = 3 + ARGV[2] * 4 + (i - last - 1) * 2
+  local found, token = redis.pcall('GET', KEYS[i]), ARGV[at] .. ' '
+  if type(found) ~= 'string' or string.sub(found, 1, #token) ~= token then lost[tonumber(ARGV[at + 1])] = true end
+end
+for i = first, last do
+  local key, at = KEYS[i], 3 + (i - first) * 4
   local kind, value = string.sub(ARGV[at], 1, 1), ARGV[at + 2]
   local reply = 1
   if kind == 'c' or kind == 'n' then
@@ -74,6 +85,7 @@ for i = first, #KEYS do
     local expected = kind == 'c' and ARGV[at + 1]
     if found ~= expected then reply = found end
   end
+  if lost[i - first] then reply = 0 end
   if reply == 1 then
     if kind == 'd' or (value == '' and kind ~= 's') then value = false end
     now[key] = value
@@ -93,6 +105,7 @@ end
 return replies
 """)
 DONE: Final = 1
+LOST: Final = 0
 
 BATCH_SIZE: Final = 512
 """Writes in one script: Redis serves nobody else meanwhile, and Lua's `unpack` ends at 8,000 values."""
@@ -103,8 +116,9 @@ BATCH_BYTES: Final = 4 * 1024 * 1024
 def write_command(writes: Sequence[Write], outbox: Outbox | None, *, whole: bool = False) -> Command:
     """Return the command that carries out `writes`. `whole`: with the script's text."""
     names: list[str] = [] if outbox is None else [outbox.stream, outbox.missed]
-    arguments: list[Any] = ["-" if outbox is None else "m" if outbox.is_full else "x"]
-    for number, (name, record, expected) in enumerate(writes):
+    arguments: list[Any] = ["-" if outbox is None else "m" if outbox.is_full else "x", len(writes)]
+    fences = []
+    for number, (name, record, expected, fence) in enumerate(writes):
         names.append(name)
         value = record.value
         kind = ("d" if value is None else "s") if expected is KEEP else "n" if expected is None else "c"
@@ -115,6 +129,11 @@ def write_command(writes: Sequence[Write], outbox: Outbox | None, *, whole: bool
             value or "",
             said,
         )
+        if fence is not None:
+            fences.append((fence, number))
+    for fence, number in fences:
+        names.append(fence.key)
+        arguments += (fence.token, number)
     return WRITE.command(names, arguments, whole=whole)
 
 

@@ -187,12 +187,3 @@ async def test_from_the_settings(redis_url: str, settings: Any, key: StorageKey)
     with redis.Redis.from_url(redis_url) as raw:
         assert raw.xlen("fsm_storage:{bot}:outbox") == 1
     await storage.close()
-
-
-async def test_isolation_shares_keys_and_client(
-    storage: RedisStorage, raw: redis.Redis, key: StorageKey
-) -> None:
-    isolation = storage.create_isolation()
-    async with isolation.lock(key):
-        assert raw.keys("*lock*") == [b"fsm:-100200300:7:lock"]
-    assert raw.keys("*lock*") == []

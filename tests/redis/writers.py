@@ -10,13 +10,14 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import warnings
 
 from aiogram.fsm.storage.base import BaseStorage, StorageKey
 from aiogram.fsm.storage.redis import RedisStorage as AiogramStorage
 
-from fsm_storage import RedisStorage
+from fsm_storage import DjangoEventIsolation, LeaseLost, LeaseTimeout, RedisStorage
 from tests.notes import notes
 
 
@@ -99,6 +100,87 @@ def fork_after_use(url: str, path: str) -> None:
     if pid := os.fork():
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     asyncio.run(add("parent" if pid else "child"))
+
+
+def take_turns(url: str, path: str, who: str, seconds: str, tasks: str, owner: str = "") -> None:
+    """Work under one lock from several tasks, and note when each turn began and ended.
+
+    With `owner`, in the name of that one, which takes away what keeps two processes apart.
+    """
+    note = notes(path)
+
+    async def work(isolation: DjangoEventIsolation, task: int, until: float) -> None:
+        while time.monotonic() < until:
+            async with isolation.lock(key_of(1)):
+                began = time.monotonic_ns()
+                await asyncio.sleep(random.uniform(0, 0.004))
+                note(f"{began} {time.monotonic_ns()} {who} {task}")
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        storage = RedisStorage.from_url(url, mirror=False)
+        isolation = DjangoEventIsolation(storage=storage)
+        if owner:
+            isolation._open()[1].keeper.owner = owner
+        async with asyncio.TaskGroup() as group:
+            for task in range(int(tasks)):
+                group.create_task(work(isolation, task, time.monotonic() + float(seconds)))
+        await storage.close()
+        await isolation.close()
+
+    asyncio.run(main())
+
+
+def hold_for_ever(url: str, path: str, lease: str) -> None:
+    """Write under a lock until its lease is lost."""
+    note = notes(path)
+
+    async def main() -> None:
+        storage = RedisStorage.from_url(url, mirror=False)
+        isolation = DjangoEventIsolation(storage=storage, lease=float(lease))
+        try:
+            async with isolation.lock(key_of(1)):
+                n = 0
+                while True:
+                    n += 1
+                    await storage.set_data(key_of(1), {"n": n})
+                    note(f"wrote {n} {time.monotonic_ns()}")
+                    await asyncio.sleep(0.01)
+        except LeaseLost as error:
+            note(f"lost {error.key}")
+        await storage.close()
+        await isolation.close()
+
+    asyncio.run(main())
+
+
+def lock_after_fork(url: str, path: str) -> None:
+    """Fork while a lock is held: the child has none of its parent's leases."""
+    note, storage = notes(path), RedisStorage.from_url(url, mirror=False)
+    isolation = DjangoEventIsolation(storage=storage, timeout=1.0)
+
+    async def enter(name: str) -> None:
+        try:
+            async with isolation.lock(key_of(1)):
+                note(name)
+        except LeaseTimeout:
+            note(f"{name} timeout")
+        await storage.close()
+        await isolation.close()
+
+    async def main() -> None:
+        async with isolation.lock(key_of(1)):
+            pid = os.fork()
+            if not pid:
+                # The loop is the parent's, down to its epoll: it must not be touched here.
+                child = threading.Thread(target=asyncio.run, args=(enter("child"),))
+                child.start()
+                child.join()
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        await enter("parent")
+
+    asyncio.run(main())
 
 
 if __name__ == "__main__":
