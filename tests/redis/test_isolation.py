@@ -396,6 +396,25 @@ async def test_a_redis_that_is_down_is_a_clear_error_and_the_lock_works_again_af
     await isolation.close()
 
 
+@pytest.mark.slow
+async def test_out_of_memory_nobody_enters_and_what_is_held_is_renewed_and_given_back(
+    own_redis: RedisServer,
+) -> None:
+    storage = RedisStorage.from_url(own_redis.url, mirror=False, timeout=2.0)
+    isolation = storage.create_isolation(lease=0.6)
+    with redis.Redis(port=own_redis.port) as raw:
+        async with isolation.lock(key_of(1)):
+            raw.config_set("maxmemory", "1")
+            with pytest.raises(RedisUnavailable, match="OOM"):
+                async with isolation.lock(key_of(2)):
+                    pytest.fail("it entered")
+            await asyncio.sleep(1.5)
+            assert locks(raw) == [LOCK.encode()]
+        await none_left(isolation, raw)
+    await storage.close()
+    await isolation.close()
+
+
 async def enter_when_free(isolation: DjangoEventIsolation) -> None:
     async with isolation.lock(key_of(1)):
         pass
