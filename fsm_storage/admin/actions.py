@@ -26,7 +26,7 @@ from fsm_storage.admin import bulkwork
 from fsm_storage.admin.bulk import ACTIONS, UNDO, Action, Impossible, effective
 from fsm_storage.admin.comparing import data_changes
 from fsm_storage.admin.export import export
-from fsm_storage.admin.forms import Changes
+from fsm_storage.admin.forms import Changes, from_option
 from fsm_storage.admin.log import noted, told_ttls
 from fsm_storage.admin.presentation import ago, badge, clock_of, record_expiry
 from fsm_storage.models import FSMBulk, FSMBulkItem, FSMRecord
@@ -164,7 +164,9 @@ class ActionsMixin(Base):
             "title": action.title,
             "action": action,
             "form": form,
-            "typed": [(form[name].label, text) for name, text in typed.items() if text] if form else [],
+            "typed": [(form[name].label, _as_read(name, text)) for name, text in typed.items() if text]
+            if form
+            else [],
             "is_ready": is_ready,
             "token": selection.signed(),
             "rows": rows,
@@ -292,6 +294,11 @@ class ActionsMixin(Base):
         request.current_app = self.admin_site.name
         whole = {**self.admin_site.each_context(request), "opts": self.opts, "media": self.media, **context}
         return TemplateResponse(request, f"admin/fsm_storage/fsmrecord/{template}", whole)
+
+
+def _as_read(name: str, text: str) -> str:
+    """Return what was typed or chosen as people read it: an option of the list of states is no state's name."""
+    return text if name != "state" else badge(from_option(text))
 
 
 def _count(queryset: QuerySet[FSMRecord]) -> int:

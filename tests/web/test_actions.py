@@ -1,4 +1,5 @@
 import json
+import re
 from datetime import timedelta
 from itertools import count
 
@@ -469,3 +470,13 @@ def test_deleting_is_djangos_own(as_user, make_record):
     assert "<script>alert" not in html_of(page)
     client.post(LIST, {"action": "delete_selected", "_selected_action": [record.pk], "post": "yes"})
     assert not FSMRecord.objects.exists()
+
+
+def test_the_dry_run_names_the_chosen_state_as_people_do(agent, make_record):
+    record = make_record(state="Order:item")
+    html = html_of(agent.post(LIST, {"action": "move_state", "_selected_action": [record.pk], "index": "0"}))
+    token = re.search(r'name="token" value="([^"]+)"', html)[1]
+    asked = {"token": token, "state": "=Order:payment", "other_state": "", "ask": "1"}
+    html = html_of(agent.post(f"{LIST}bulk/", asked))
+    assert "=Order:payment" not in html
+    assert html.count('title="Order:payment"') == 2

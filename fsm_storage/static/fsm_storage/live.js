@@ -193,7 +193,7 @@
         const boxes = document.getElementById("changelist-form")?.getElementsByClassName("action-select");
         if (boxes?.length && typeof Actions === "function") {
             boxes.forEach = Array.prototype.forEach;
-            Actions(boxes);
+            Actions(boxes, { parent: boxes[0].form }); // Unfold's asks for the form
         }
     });
 
