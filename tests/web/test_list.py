@@ -236,3 +236,11 @@ def test_data_of_any_shape_is_shown(agent, make_record, data):
     response = agent.get(page_of(record))
     assert response.status_code == 200
     assert ("is no object" in html_of(response)) == (not isinstance(data, dict))
+
+
+def test_an_empty_list_says_what_to_do(agent, make_record):
+    assert "They appear when somebody writes to the bot" in html_of(agent.get(LIST))
+    make_record(state="Order:item")
+    assert "fsm-empty" not in html_of(agent.get(LIST))
+    assert "take filters away" in html_of(agent.get(f"{LIST}?state=Order:size"))
+    assert "take filters away" in html_of(agent.get(f"{LIST}?q=12345678"))
