@@ -148,8 +148,16 @@ class FSMRecordQuerySet(models.QuerySet["FSMRecord"]):
             editor = storages.editor(alias)
             ids = list(self.filter(alias=alias).order_by("pk").values_list("pk", flat=True))
             for start in range(0, len(ids), batch_size):
+                records = list(
+                    self.model.objects.using(self.db).filter(pk__in=ids[start : start + batch_size])
+                )
+                # The mirror may be behind: whoever has moved on in Redis is left alone.
+                mirrored = (
+                    [record.version for record in records] if getattr(editor, "mirror", False) else None
+                )
                 changed += editor.edit(
-                    list(self.model.objects.using(self.db).filter(pk__in=ids[start : start + batch_size])),
+                    records,
+                    if_versions=mirrored,
                     state=state,
                     data=data,
                     state_ttl=state_ttl,

@@ -171,6 +171,11 @@ def version_of(entry_id: str | bytes) -> int:
     return version
 
 
+def id_of(version: int) -> str:
+    """Return the id of the entry with this version."""
+    return f"{version >> _SEQUENCE_BITS}-{version & (1 << _SEQUENCE_BITS) - 1}"
+
+
 def written_at_ms(entry_id: str | bytes) -> int:
     """Return when an entry was written by Redis's clock, in milliseconds since the epoch."""
     return _id_parts(entry_id)[0]

@@ -77,9 +77,9 @@ class ActionsMixin(Base):
             *super().get_urls(),
         ]
 
-    def get_actions(self, request: HttpRequest) -> dict[str, Any]:
-        """Offer what the user may do."""
-        rights, actions = rights_of(request.user), super().get_actions(request)
+    def get_actions(self, request: HttpRequest, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Offer what the user may do. (Django 6.1 says for which place, too.)"""
+        rights, actions = rights_of(request.user), super().get_actions(request, *args, **kwargs)
         return {
             name: action
             for name, action in actions.items()

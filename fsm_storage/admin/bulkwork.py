@@ -121,7 +121,9 @@ class Worker:
         """Do one batch: the records that change alike in one transaction, which is much quicker than one each."""
         groups: dict[str, list[Task]] = {}
         for task in self._decide(items):
-            groups.setdefault(f"{task.record.alias} {task.changes}", []).append(task)
+            # What is written to Redis is not rolled back, so there each record is a transaction of its own.
+            own = "" if hasattr(storages.editor(task.record.alias), "put") else task.item.pk
+            groups.setdefault(f"{task.record.alias} {task.changes} {own}", []).append(task)
         for group in groups.values():
             self._change(group)
 
@@ -215,7 +217,8 @@ class Worker:
         pks = [task.record.pk for task in tasks]
         versions = dict(FSMRecord.objects.filter(pk__in=pks).values_list("pk", "version"))
         for task in tasks:
-            task.item.version = versions.get(task.record.pk)
+            # A mirrored record is given the version that it will have.
+            task.item.version = max(versions.get(task.record.pk, 0), task.record.version)
             task.item.before = _before(task.record, changes)
         items = [task.item for task in tasks]
         FSMBulkItem.objects.using(self.database).bulk_update(items, ["version", "before"], batch_size=BATCH)

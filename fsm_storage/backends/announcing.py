@@ -21,6 +21,10 @@ PARTS: Final = (STATE, DATA)
 
 # The header of a record of the outbox (see `outbox`): `tail` is what stands behind the TTL.
 _HEADER = """\
+local function ttl_of(key)
+  local ttl = redis.call('PTTL', key)
+  return ttl == 0 and 1 or ttl
+end
 local function header(number, part, value, ttl, tail)
   return '[' .. number .. ',"' .. (value and '' or '-') .. part .. '",'
     .. ((not value or ttl < 0) and 'null' or string.format('%.0f', ttl)) .. ',' .. tail
@@ -43,7 +47,7 @@ for i, part in ipairs(parts) do
     local value = action == 's' and ARGV[at + 3]
     if action == 'k' then value = found end
     if ttl == 'k' then
-      ttl = found and redis.call('PTTL', key) or tonumber(ARGV[at + 5])
+      ttl = found and ttl_of(key) or tonumber(ARGV[at + 5])
     else
       ttl = tonumber(ttl) or -1
     end
@@ -74,7 +78,7 @@ for at = 1, #ARGV, 2 do
     local key = KEYS[1 + at + i]
     local value = redis.pcall('GET', key)
     if type(value) ~= 'table' then
-      entry[#entry + 1] = header(count, part, value, value and redis.call('PTTL', key) or -1, ARGV[at])
+      entry[#entry + 1] = header(count, part, value, value and ttl_of(key) or -1, ARGV[at])
       entry[#entry + 1] = value or ''
       count = count + 1
     end
@@ -86,12 +90,21 @@ redis.call('SREM', KEYS[2], unpack(names))
 return count
 """)
 
-# KEYS: the keys to fill. ARGV: value and TTL ("" none) of each. The reply: how many were missing, and are set.
+# KEYS: the stream, then the keys to fill. ARGV: the last id that the stream gave out when the values were
+# read ("" where there is no stream), then value and TTL ("" none) of each. The reply: how many were missing,
+# and are set; -1 if something was written meanwhile, which may be why a key is missing.
 RESTORE: Final = Script("""\
+local last = ''
+if redis.call('EXISTS', KEYS[1]) == 1 then
+  local facts = redis.call('XINFO', 'STREAM', KEYS[1])
+  for i = 1, #facts, 2 do if facts[i] == 'last-generated-id' then last = facts[i + 1] end end
+end
+if last ~= ARGV[1] then return -1 end
 local count = 0
-for i, key in ipairs(KEYS) do
+for i = 2, #KEYS do
+  local key = KEYS[i]
   if redis.call('EXISTS', key) == 0 then
-    local value, ttl = ARGV[2 * i - 1], ARGV[2 * i]
+    local value, ttl = ARGV[2 * i - 2], ARGV[2 * i - 1]
     if ttl == '' then redis.call('SET', key, value) else redis.call('SET', key, value, 'PX', ttl) end
     count = count + 1
   end

@@ -27,7 +27,7 @@ from fsm_storage.backends.arguments import TtlOption, own_ttl
 from fsm_storage.backends.fencing import HOLD
 from fsm_storage.backends.merging import Merge
 from fsm_storage.backends.options import checked_options, loaded
-from fsm_storage.backends.redis_editing import RedisEditor, Wish, wait_for_mirror
+from fsm_storage.backends.redis_editing import RedisEditor, Shown, Wish, wait_for_mirror
 from fsm_storage.backends.redis_leases import LOCK, Claims
 from fsm_storage.backends.redis_leases import carry_out as carry_out_claims
 from fsm_storage.backends.redis_options import check_redis_options, client
@@ -42,6 +42,7 @@ from fsm_storage.exceptions import (
     NotEditable,
     RedisUnavailable,
     StorageClosed,
+    VersionConflict,
 )
 from fsm_storage.keys import check_key, check_key_text, state_text
 from fsm_storage.outbox import DATA, STATE, Part, Record, missed_name, stream_name
@@ -262,28 +263,35 @@ class RedisStorage(BaseStorage):
     ) -> int:
         """Change mirrored records from synchronous code: in Redis, from where the mirror brings it back.
 
-        See `FSMRecord.edit`, which is how to call it. Each record by itself is changed whole or not at all;
-        those before one that raises are changed. With `if_versions`, only where Redis holds what the record
-        shows. Redis knows nothing of a transaction of Django: what is written there is not rolled back.
+        See `FSMRecord.edit`, which is how to call it. Each record by itself is changed whole or not at all.
+        With `if_versions`, only where Redis holds what the record shows: a single record that has moved on
+        raises `VersionConflict`, among several it is left out. Those changed get the version that they will
+        have. Redis knows nothing of a transaction of Django: what is written there is not rolled back.
         """
         if not self.mirror:
             raise NotEditable(self.alias, "it is not mirrored")
         wish = Wish(state, data, state_ttl, data_ttl, by, source)
         versions: Sequence[int | None] = [None] * len(records) if if_versions is None else if_versions
-        changed = async_to_sync(self._edit)(list(zip(records, versions, strict=True)), wish)
+        shown = [Shown.of(*pair) for pair in zip(records, versions, strict=True)]
+        changed = async_to_sync(self._edit)(shown, wish)
         wait_for_mirror(self.database, self.alias, changed)
         return len(changed)
 
-    async def _edit(self, records: Sequence[tuple[FSMRecord, int | None]], wish: Wish) -> dict[str, int]:
+    async def _edit(self, records: Sequence[Shown], wish: Wish) -> dict[str, int]:
         wire = wire_for(self.redis)
         editor = RedisEditor(wire, self.alias, self.key_builder, self.codec, self._ttl_ms)
         changed = {}
         try:
-            async with asyncio.timeout(self.timeout):
-                for record, if_version in records:
-                    version = await editor.edit(record, wish, if_version)
-                    if version is not None:
-                        changed[record.key] = version
+            for shown in records:
+                try:
+                    async with asyncio.timeout(self.timeout):
+                        version = await editor.edit(shown, wish)
+                except VersionConflict:
+                    if len(records) == 1:
+                        raise
+                    continue
+                if version is not None:
+                    changed[shown.record.key] = shown.record.version = version
         except (RedisError, OSError, TimeoutError) as error:
             raise RedisUnavailable(self.alias, error) from error
         finally:

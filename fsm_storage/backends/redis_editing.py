@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from aiogram.fsm.storage.base import KeyBuilder, StateType
+from django.db import connections
 
 from fsm_storage.backends.announcing import Change, edit_command, run
 from fsm_storage.backends.arguments import TtlOption, actor_name
@@ -36,6 +37,21 @@ class Wish(NamedTuple):
     source: str
 
 
+class Shown(NamedTuple):
+    """A record as it was read. Taken in synchronous code: what is deferred is loaded then."""
+
+    record: FSMRecord
+    state: str | None
+    data: Any
+    if_version: int | None
+
+    @classmethod
+    def of(cls, record: FSMRecord, if_version: int | None) -> Shown:
+        if if_version is not None and record.version != if_version:
+            raise VersionConflict(record.key, if_version, record.version)
+        return cls(record, record.current_state, record.current_data, if_version)
+
+
 class RedisEditor:
     """Carries out edits of the records of one alias, on a wire."""
 
@@ -50,18 +66,17 @@ class RedisEditor:
         self._wire, self._alias, self._builder, self._codec = wire, alias, builder, codec
         self._first_ttls = first_ttls
 
-    async def edit(self, record: FSMRecord, wish: Wish, if_version: int | None) -> int | None:
+    async def edit(self, shown: Shown, wish: Wish) -> int | None:
         """Change one record; return its version to be, None if there was nothing to change.
 
-        Raises `VersionConflict` if Redis does not hold what `record` shows, and nothing is written.
+        Raises `RedisConflict` if Redis does not hold what the record shows, and nothing is written.
         """
-        if if_version is not None and record.version != if_version:
-            raise VersionConflict(record.key, if_version, record.version)
+        record = shown.record
         key = record.storage_key
         names = [self._builder.build(key, STATE), self._builder.build(key, DATA)]
         found: list[Any] = [KEEP, KEEP]
-        if if_version is not None:
-            found = await self._found(record, names, if_version)
+        if shown.if_version is not None:
+            found = await self._found(shown, names)
         changes = [
             Change(found[0], self._state(wish, record), _ttl_ms(wish.state_ttl), self._first_ttls[STATE]),
             Change(found[1], self._data(wish, record), _ttl_ms(wish.data_ttl), self._first_ttls[DATA]),
@@ -74,19 +89,19 @@ class RedisEditor:
             raise RedisConflict(record.key, record.version)
         return version_of(reply) if reply else None
 
-    async def _found(self, record: FSMRecord, names: Sequence[str], if_version: int) -> list[bytes | None]:
+    async def _found(self, shown: Shown, names: Sequence[str]) -> list[bytes | None]:
         """Return the bytes in Redis, after comparing what they say with the record."""
         state, data = replies = await self._wire.ask([("GET", name) for name in names])
         for reply in replies:
             if isinstance(reply, Exception):
                 raise reply
         try:
-            is_same = (None if state is None else state.decode()) == record.current_state
-            is_same = is_same and (json.loads(data) if data else {}) == record.current_data
+            is_same = (None if state is None else state.decode()) == shown.state
+            is_same = is_same and (json.loads(data) if data else {}) == shown.data
         except (ValueError, RecursionError):  # nobody saw on the page what cannot be read
             is_same = False
         if not is_same:
-            raise RedisConflict(record.key, if_version)
+            raise RedisConflict(shown.record.key, shown.record.version)
         return replies
 
     def _state(self, wish: Wish, record: FSMRecord) -> str | Literal[Keep.KEEP] | None:
@@ -100,9 +115,14 @@ class RedisEditor:
 
 
 def wait_for_mirror(database: str, alias: str, versions: Mapping[str, int]) -> bool:
-    """Wait until the mirror has brought these records to their versions; False if it takes too long."""
+    """Wait until the mirror has brought these records to their versions; False if it takes too long.
+
+    Not within a transaction: on SQLite the mirror would wait for its end.
+    """
     from fsm_storage.models import FSMRecord
 
+    if connections[database].in_atomic_block:
+        return False
     deadline = time.monotonic() + PATIENCE
     while True:
         rows = FSMRecord.objects.using(database).filter(alias=alias, key__in=list(versions))

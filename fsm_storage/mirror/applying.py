@@ -12,12 +12,13 @@ from typing import Any, NamedTuple, cast
 
 from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.codec import Codec
-from fsm_storage.dialects import AsOf, Cause, History, Write
+from fsm_storage.dialects import AsOf, Cause, Fence, History, Write
 from fsm_storage.exceptions import (
     CorruptData,
     FSMStorageError,
     InvalidData,
     InvalidOutboxRecord,
+    LeaseLost,
     NotMigrated,
     StorageTimeout,
     StorageUnavailable,
@@ -60,8 +61,11 @@ class Applier:
     def __init__(self, table: DjangoStorage, history: History) -> None:
         self._table, self._history = table, history
 
-    def apply(self, entries: Sequence[Entry], now_ms: int) -> Applied:
+    def apply(self, entries: Sequence[Entry], now_ms: int, fence: Fence | None = None) -> Applied:
         """Apply entries, which are in the stream's order; `now_ms` is Redis's clock.
+
+        Under `fence`, raises `LeaseLost` once another mirror has taken over, and writes nothing more: what
+        that one applied may be newer, and what it removed gone with its version.
 
         What can never be applied is returned, and the rest is applied. Raises `StorageUnavailable` and the
         like for a database that does not answer: then all of them may come again.
@@ -73,7 +77,7 @@ class Applier:
         for entry in entries:
             for write, cause in self._writes(entry, now_ms, poison):
                 count += 1
-                self._place(write, cause, rounds, last)
+                self._place(write._replace(fence=fence), cause, rounds, last)
         for one in rounds:
             self._put(one, poison, entries)
         return Applied(count, poison)
@@ -141,7 +145,7 @@ class Applier:
         writes, (source, actor) = list(one.writes.values()), one.cause
         try:
             replies: Iterable[Any] = self._table.put(writes, source=source, by=actor)
-        except (StorageUnavailable, StorageTimeout, NotMigrated):
+        except (LeaseLost, StorageUnavailable, StorageTimeout, NotMigrated):
             raise
         except (FSMStorageError, ValueError) as error:
             if len(writes) == 1:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from aiogram.fsm.storage.base import DefaultKeyBuilder, StorageKey
 from django.db import connections
+from redis.exceptions import ResponseError
 
 from fsm_storage.backends.announcing import RESTORE, run
 from fsm_storage.backends.redis import RedisStorage
@@ -17,7 +18,7 @@ from fsm_storage.backends.wire import Wire, wire_for
 from fsm_storage.exceptions import FSMStorageError
 from fsm_storage.keys import record_key
 from fsm_storage.mirror.announcing import announce
-from fsm_storage.mirror.worker import BATCH, GROUP
+from fsm_storage.mirror.worker import BATCH, GROUP, PatientWire
 from fsm_storage.models import FSMRecord
 from fsm_storage.outbox import DATA, STATE, aside_name, missed_name, stream_name, written_at_ms
 from fsm_storage.sources.layout import KeyLayout
@@ -171,13 +172,27 @@ async def restore(storage: RedisStorage, report: Report = lambda count: None) ->
         raise MirrorBehind(storage.alias, state.entries + state.missed)
     count = seen = 0
     async with _wire(storage) as wire:
+        last_id = await _last_id(wire, stream_name(storage.alias))
         batches = _from_database(storage)
         while (records := await asyncio.to_thread(next, batches, None)) is not None:
             names, arguments = _values_of(storage, records)
-            count += await run(wire, RESTORE, names, arguments) if names else 0
+            done = await run(wire, RESTORE, [stream_name(storage.alias), *names], [last_id, *arguments])
+            if done < 0:  # the bot is at work: begin again when the mirror has caught up
+                raise MirrorBehind(storage.alias, 1)
+            count += done
             seen += len(records)
             report(seen)
     return count
+
+
+async def _last_id(wire: Wire, stream: str) -> str:
+    """Return the last id that the stream gave out, "" where there is none."""
+    (facts,) = await wire.ask([("XINFO", "STREAM", stream)])
+    if isinstance(facts, ResponseError):
+        return ""
+    pairs = facts if isinstance(facts, dict) else dict(zip(facts[::2], facts[1::2], strict=True))
+    found: bytes = pairs[b"last-generated-id"]
+    return found.decode()
 
 
 def _values_of(storage: RedisStorage, records: Sequence[FSMRecord]) -> tuple[list[str], list[Any]]:
@@ -202,7 +217,7 @@ def _rest_ms(record: FSMRecord, expires_at: Any) -> Any:
 
 @asynccontextmanager
 async def _wire(storage: RedisStorage) -> AsyncIterator[Wire]:
-    wire = wire_for(storage.redis)
+    wire = PatientWire(wire_for(storage.redis), storage.timeout)
     try:
         yield wire
     finally:
@@ -261,10 +276,10 @@ async def _settled(wire: Wire, storage: RedisStorage, suspects: list[StorageKey]
     deadline = asyncio.get_running_loop().time() + SETTLE_SECONDS
     pause = 0.05
     while suspects:
+        (length,) = await wire.ask([("XLEN", stream_name(storage.alias))])
         for start in range(0, len(suspects), BATCH):
             verdicts |= await _verdicts(wire, storage, suspects[start : start + BATCH])
         suspects = [key for key in suspects if verdicts[key] != "same"]
-        (length,) = await wire.ask([("XLEN", stream_name(storage.alias))])
         if not suspects or length == 0 or asyncio.get_running_loop().time() > deadline:
             break
         await asyncio.sleep(pause)

@@ -19,16 +19,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
+from django.db.models import Max
 from redis.exceptions import RedisError, ResponseError
 
 from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.backends.redis import RedisStorage
 from fsm_storage.backends.wire import Wire, wire_for
-from fsm_storage.exceptions import FSMStorageError, StorageClosed
+from fsm_storage.backends.writing import Command
+from fsm_storage.dialects import Fence
+from fsm_storage.exceptions import FSMStorageError, LeaseLost, StorageClosed
 from fsm_storage.leases import Lease, LeaseKeeper
 from fsm_storage.mirror.announcing import announce_missed
 from fsm_storage.mirror.applying import Applier, Entry
-from fsm_storage.outbox import aside_name, stream_name
+from fsm_storage.models import FSMRecord
+from fsm_storage.outbox import aside_name, id_of, missed_name, stream_name
 
 T = TypeVar("T")
 logger = logging.getLogger("fsm_storage")
@@ -56,6 +60,21 @@ class Progress(NamedTuple):
     last_id: str = ""
 
 
+class PatientWire:
+    """A wire on which no question waits for much longer than `seconds`: a Redis that says nothing is away, too."""
+
+    def __init__(self, wire: Wire, seconds: float) -> None:
+        self._wire, self._seconds = wire, seconds
+        self.one_key = wire.one_key
+
+    async def ask(self, commands: Sequence[Command]) -> list[Any]:
+        async with asyncio.timeout(self._seconds + BLOCK_MS / 1000):
+            return await self._wire.ask(commands)
+
+    async def hang_up(self) -> None:
+        await self._wire.hang_up()
+
+
 class Mirror:
     """Applies the outbox of one `RedisStorage` until it is stopped.
 
@@ -72,6 +91,7 @@ class Mirror:
         self._keeper = LeaseKeeper(self._table, LEASE_SECONDS)
         self._stream, self._aside = stream_name(storage.alias), aside_name(storage.alias)
         self._consumer = f"{socket.gethostname()[:30]}:{os.getpid()}:{random.getrandbits(32):08x}"
+        self._batch = BATCH
         self._stopping = asyncio.Event()
         self._last_at = math.inf
         # One thread for all that is asked of the database: it has one connection.
@@ -86,16 +106,23 @@ class Mirror:
 
     async def run(self, *, until_empty: bool = False) -> Progress:
         """Mirror until `stop()`, or with `until_empty` until nothing is left in the outbox."""
-        wire = wire_for(self.storage.redis)
+        wire = PatientWire(wire_for(self.storage.redis), self.storage.timeout)
         try:
             while not self._stopping.is_set():
                 try:
                     if await self._take_turn(wire, until_empty=until_empty) and until_empty:
                         break
+                    if until_empty and await self._is_empty(wire):  # by another mirror's work
+                        break
                     await self._pause(STAND_BY_SECONDS * random.uniform(0.7, 1.0))  # noqa: S311 - jitter
+                except LeaseLost:  # another mirror has taken over
+                    continue
                 except (RedisError, OSError, TimeoutError, FSMStorageError) as error:
                     self._complain(error)
                     await self._pause(RETRY_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
+                except Exception:  # a fault of ours must not end what nobody would start again
+                    logger.exception("the mirror of storage %r failed, and goes on", self.storage.alias)
+                    await self._pause(RETRY_SECONDS)
         finally:
             await wire.hang_up()
             await self._keeper.close()
@@ -129,19 +156,19 @@ class Mirror:
         return True
 
     async def _apply_all(self, wire: Wire, lease: Lease, *, until_empty: bool) -> None:
-        await _make_group(wire, self._stream)
+        await self._make_group(wire)
         await self._take_over(wire)
         start = "0"  # what this consumer was given and has not acknowledged
         while not lease.is_over() and time.monotonic() < self._last_at:
             ends = until_empty or self._stopping.is_set()
             entries = await self._read(wire, start, block=start == ">" and not ends)
             if entries:
-                await self._carry_out(wire, entries)
+                await self._carry_out(wire, lease, entries)
             elif start == "0":
                 start = ">"
             elif ends and not await self._announce_missed(wire):
                 return
-            await self._look_after(wire)
+            await self._look_after(wire, is_idle=not entries and start == ">")
 
     async def _take_over(self, wire: Wire) -> None:
         """Make everything ours that a dead mirror was given. Whoever has the lease may do so at once."""
@@ -162,7 +189,7 @@ class Mirror:
             GROUP,
             self._consumer,
             "COUNT",
-            BATCH,
+            self._batch,
             *wait,
             "STREAMS",
             self._stream,
@@ -174,14 +201,38 @@ class Mirror:
         except ResponseError as error:
             if "NOGROUP" not in str(error):
                 raise
-            await _make_group(wire, self._stream)  # Redis was wiped
+            await self._make_group(wire)  # Redis was wiped
             return []
 
-    async def _carry_out(self, wire: Wire, entries: Sequence[Entry]) -> None:
+    async def _make_group(self, wire: Wire) -> None:
+        """Make the stream and its group. A new stream goes on behind what the database has.
+
+        Or a Redis that was wiped, and whose clock is behind, would give out versions that look old.
+        """
+        (reply,) = await wire.ask([("XGROUP", "CREATE", self._stream, GROUP, "0", "MKSTREAM")])
+        if isinstance(reply, ResponseError) and "BUSYGROUP" in str(reply):
+            return
+        _checked(reply)
+        newest = await self._in_thread(newest_version, self.storage)
+        # Refused where the stream is further already. What came in before the group was made has older ids.
+        await wire.ask([("XSETID", self._stream, id_of(newest))])
+
+    async def _is_empty(self, wire: Wire) -> bool:
+        length, missed = await wire.ask([("XLEN", self._stream), ("SCARD", missed_name(self.storage.alias))])
+        return not _checked(length) and not _checked(missed)
+
+    async def _carry_out(self, wire: Wire, lease: Lease, entries: Sequence[Entry]) -> None:
         """Apply entries, then tell Redis: whoever dies in between has them applied again, to no effect."""
         (clock,) = await wire.ask([("TIME",)])
+        clock = _checked(clock)
         now_ms = int(clock[0]) * 1000 + int(clock[1]) // 1000
-        applied = await self._in_thread(self._applier.apply, entries, now_ms)
+        fence = Fence(lease.key, lease.token)
+        try:
+            applied = await self._in_thread(self._applier.apply, entries, now_ms, fence)
+        except FSMStorageError:
+            self._batch = max(1, self._batch // 2)  # too much at once, perhaps
+            raise
+        self._batch = min(BATCH, self._batch * 2)
         ids = [entry.id for entry in entries]
         commands: list[tuple[Any, ...]] = []
         for entry, reason in applied.poison:
@@ -192,8 +243,9 @@ class Mirror:
             commands.append(
                 ("XADD", self._aside, "MAXLEN", "~", 10_000, "*", "id", entry.id, "reason", reason, *pairs)
             )
-        commands += [("XACK", self._stream, GROUP, *ids), ("XDEL", self._stream, *ids)]
-        for reply in await wire.ask(commands):
+        for reply in await wire.ask(commands) if commands else ():  # before they leave the outbox
+            _checked(reply)
+        for reply in await wire.ask([("XACK", self._stream, GROUP, *ids), ("XDEL", self._stream, *ids)]):
             _checked(reply)
         done = self.progress
         self.progress = Progress(
@@ -203,15 +255,18 @@ class Mirror:
             ids[-1],
         )
 
-    async def _look_after(self, wire: Wire) -> None:
-        """Now and then: announce what was missed while the outbox was full, and clear what has expired."""
+    async def _look_after(self, wire: Wire, *, is_idle: bool) -> None:
+        """Now and then: announce what was missed while the outbox was full, and clear what has expired.
+
+        That only when all is applied: what looks expired may have been renewed since, and a sweep counts
+        the version on, which must not meet that of an entry on its way.
+        """
         now = time.monotonic()
         if now >= self._missed_at:
             self._missed_at = now + MISSED_EVERY
             await self._announce_missed(wire)
-        if now >= self._sweep_at:
-            self._sweep_at = now + SWEEP_EVERY
-            await self._in_thread(self._table.sweep)
+        if is_idle and now >= self._sweep_at and not any(await self._in_thread(self._table.sweep)):
+            self._sweep_at = now + SWEEP_EVERY  # else there may be more
 
     async def _announce_missed(self, wire: Wire) -> int:
         return await announce_missed(wire, self.storage)
@@ -260,10 +315,11 @@ def table_of(storage: RedisStorage) -> DjangoStorage:
     return DjangoStorage(storage.alias, database=storage.database, history=storage.history)
 
 
-async def _make_group(wire: Wire, stream: str) -> None:
-    (reply,) = await wire.ask([("XGROUP", "CREATE", stream, GROUP, "0", "MKSTREAM")])
-    if not isinstance(reply, ResponseError) or "BUSYGROUP" not in str(reply):
-        _checked(reply)
+def newest_version(storage: RedisStorage) -> int:
+    """Return the largest version of the mirrored records, 0 where there are none."""
+    records = FSMRecord.objects.using(storage.database).filter(alias=storage.alias)
+    newest: int | None = records.aggregate(newest=Max("version"))["newest"]
+    return newest or 0
 
 
 def _entries(reply: Any) -> list[Entry]:

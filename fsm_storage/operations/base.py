@@ -14,7 +14,7 @@ from django.db.models import QuerySet
 from fsm_storage.codec import Codec
 from fsm_storage.conf import Editor, storages
 from fsm_storage.dialects import Write
-from fsm_storage.exceptions import MissingDependency, StillInUse, VersionConflict
+from fsm_storage.exceptions import MissingDependency, RedisConflict, StillInUse, VersionConflict
 from fsm_storage.keys import state_text
 from fsm_storage.models import FSMRecord
 from fsm_storage.patches import KEEP, Patch, Ttl
@@ -152,6 +152,8 @@ def _rewrite(editor: Any, edits: Sequence[tuple[FSMRecord, Changes]], by: str) -
     for record, changes in edits:
         try:
             editor.edit([record], **changes, if_versions=[record.version], by=by, source="migration")
+        except RedisConflict as error:  # the mirror is behind: the next walk will see
+            logger.warning("%s", error)
         except VersionConflict:
             late.append(record)
     return late

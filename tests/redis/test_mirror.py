@@ -15,10 +15,12 @@ import pytest
 import redis
 from aiogram.fsm.storage.base import DefaultKeyBuilder, StorageKey
 from django.core.management import CommandError, call_command
+from django.db import transaction
 
 from fsm_storage import RedisStorage
 from fsm_storage.conf import storages
-from fsm_storage.exceptions import RedisConflict, RedisUnavailable
+from fsm_storage.dialects import Fence
+from fsm_storage.exceptions import LeaseLost, RedisConflict, RedisUnavailable
 from fsm_storage.mirror import repairing
 from fsm_storage.mirror.applying import Applier, Entry
 from fsm_storage.mirror.worker import GROUP, Mirror, table_of
@@ -435,3 +437,99 @@ async def test_a_busy_bot_is_mirrored_exactly(mirrored: Mirrored, database: str)
         assert mirror.progress.writes == 32 * 60 * 2, time.monotonic() - began
     steps = await in_thread(transitions, database, alias=ALIAS, chat_id=1)
     assert [step[1] for step in steps] == [f"s{n % 7}" for n in range(60)]
+
+
+# What a review found
+
+
+async def test_a_wiped_redis_whose_clock_is_behind_gives_out_no_old_versions(
+    mirrored: Mirrored, database: str, key: StorageKey, raw: redis.Redis
+) -> None:
+    storage = mirrored()
+    raw.xgroup_create(stream_name(ALIAS), GROUP, "0", mkstream=True)
+    now_ms = raw.time()[0] * 1000
+    raw.execute_command("XSETID", stream_name(ALIAS), f"{now_ms + 3_600_000}-0")  # an hour ahead
+    await storage.set_state(key, "a")
+    await mirror_all(storage)
+    raw.flushall()
+    await mirror_all(storage)
+    await storage.set_state(key, "b")
+    await mirror_all(storage)
+    assert (await in_thread(record, database, alias=ALIAS)).state == "b"
+
+
+async def test_a_mirror_that_was_overtaken_writes_nothing_more(mirrored: Mirrored, database: str) -> None:
+    pairs = encode([Record(other(1), "state", "a")])
+    entry = Entry("1700000000000-0", {pairs[0].encode(): pairs[1].encode()})
+    applier = Applier(table_of(mirrored()), "states")
+    with pytest.raises(LeaseLost):
+        await in_thread(applier.apply, [entry], 1700000001000, Fence("outbox", 7))
+    assert await in_thread(records, database) == []
+
+
+async def test_until_empty_ends_while_another_mirror_works(
+    mirrored: Mirrored, database: str, key: StorageKey
+) -> None:
+    storage = mirrored()
+    async with mirroring(storage) as first:
+        await storage.set_state(key, "a")
+        await becomes(lambda: in_thread(lambda: first.is_active))
+        await mirror_all(storage)
+    assert (await in_thread(record, database, alias=ALIAS)).state == "a"
+
+
+async def test_of_several_edits_those_that_moved_on_are_left_out(mirrored: Mirrored, database: str) -> None:
+    storage = mirrored()
+    for chat in range(1, 6):
+        await storage.set_state(other(chat), "a")
+    await mirror_all(storage)
+    await storage.set_state(other(3), "moved")
+    edit = FSMRecord.objects.using(database).order_by("pk").edit
+    assert await in_thread(edit, state="b") == 4
+    await mirror_all(storage)
+    states = {row.chat_id: row.state for row in await in_thread(records, database)}
+    assert states == {1: "b", 2: "b", 3: "moved", 4: "b", 5: "b"}
+
+
+async def test_an_edit_in_a_transaction_does_not_wait_for_the_mirror(
+    mirrored: Mirrored, database: str, key: StorageKey
+) -> None:
+    storage = mirrored()
+    await storage.set_state(key, "a")
+    await mirror_all(storage)
+
+    def edit() -> float:
+        began = time.monotonic()
+        with transaction.atomic(using=database):
+            FSMRecord.objects.using(database).get(alias=ALIAS).edit(state="b")
+        return time.monotonic() - began
+
+    assert await in_thread(edit) < 1.5
+    await mirror_all(storage)
+    assert (await in_thread(record, database, alias=ALIAS)).state == "b"
+
+
+async def test_a_restore_does_not_bring_back_what_the_bot_removes_meanwhile(
+    mirrored: Mirrored, database: str, key: StorageKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = mirrored()
+    await storage.set_state(key, "a")
+    await mirror_all(storage)
+    read = repairing._values_of
+
+    def slow(*arguments: Any) -> Any:
+        asyncio.run_coroutine_threadsafe(storage.set_state(key, None), loop)
+        return read(*arguments)
+
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(repairing, "_values_of", slow)
+    real_run = repairing.run
+
+    async def run_later(*arguments: Any) -> Any:
+        await asyncio.sleep(0.3)
+        return await real_run(*arguments)
+
+    monkeypatch.setattr(repairing, "run", run_later)
+    with pytest.raises(repairing.MirrorBehind):
+        await repairing.restore(storage)
+    assert await storage.get_state(key) is None
