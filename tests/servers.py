@@ -332,3 +332,35 @@ def run_python(code: str, *, env: Mapping[str, str] | None = None, timeout: floa
         text=True,
     )
     return finish_child(child, timeout)
+
+
+class Site:
+    """The example project in a process of its own, served by uvicorn, with websockets."""
+
+    def __init__(self, layer: str, port: int = 0) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        arguments = ["tests.live.site:application", "--host=127.0.0.1", f"--port={self.port}"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "uvicorn", *arguments, "--lifespan=off", "--log-level=warning"],
+            cwd=ROOT,
+            env=child_env({"FSM_TEST_LAYER": layer}),
+        )
+        deadline = time.monotonic() + 2 * _PATIENCE
+        while not self._listens():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise RuntimeError("uvicorn does not serve the site")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0

@@ -84,3 +84,11 @@ FSM_STORAGES = {
 if "FSM_TEST_EXPIRY" in os.environ:
     for _storage in FSM_STORAGES.values():
         _storage.setdefault("OPTIONS", {})["expiry"] = os.environ["FSM_TEST_EXPIRY"]
+
+if "FSM_TEST_LAYER" in os.environ:  # for processes that tell each other
+    CHANNEL_LAYERS = {
+        "default": {
+            "BACKEND": "channels_redis.core.RedisChannelLayer",
+            "CONFIG": {"hosts": [os.environ["FSM_TEST_LAYER"]]},
+        },
+    }

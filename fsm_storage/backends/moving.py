@@ -13,6 +13,7 @@ from asgiref.sync import sync_to_async
 from django.db.models import F, TextField
 from django.db.models.functions import Cast
 
+from fsm_storage import signals
 from fsm_storage.dialects import Scope, Write
 from fsm_storage.exceptions import CorruptData, StorageClosed
 from fsm_storage.patches import EMPTY, KEEP, Keep, Patch
@@ -63,7 +64,10 @@ class MovesChats:
     def _move_here(self, move: ChatMove) -> int:
         mover = Mover(self.database, self._scope, self.key_text, partial(self.put, source="move"))
         try:
-            return self._session.atomically(partial(mover.move, move))
+            moved = self._session.atomically(partial(mover.move, move))
+            if mover.readdressed and signals.hints:
+                self._session.after_commit(partial(signals.hint, self._scope.alias, mover.readdressed))
+            return moved
         finally:
             if not self.in_transaction:
                 self._session.release()
@@ -84,6 +88,8 @@ class Mover:
         self._record = FSMRecord
         self._records = FSMRecord.objects.using(database).filter(alias=scope.alias)
         self._codec, self._key_text, self._write = scope.codec, key_text, write
+        self.readdressed: list[tuple[str, int | None]] = []
+        """The records that kept their key, because the key builder leaves the chat out, and their versions."""
 
     def move(self, move: ChatMove) -> int:
         """Move what is live; return how many records that were. Again is no harm: nothing is left to move.
@@ -97,8 +103,9 @@ class Mover:
             return 0
         found = self._loaded(old)
         pairs = {self._key_text(move.key(row.storage_key)): row for row in found}
+        self.readdressed = [(key, row.version) for key, row in pairs.items() if key == row.key]
         for key, row in list(pairs.items()):
-            if key == row.key:  # the key builder leaves the chat out
+            if key == row.key:
                 self._records.filter(pk=row.pk).update(**_parts(move.key(row.storage_key)))
                 del pairs[key]
         targets = self._targets(pairs, move)

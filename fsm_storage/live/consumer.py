@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
 from hashlib import sha256
 from importlib import import_module
 from typing import Any
@@ -25,6 +26,9 @@ MAX_MESSAGE = 4096
 MAX_RECORDS = 100
 FORBIDDEN = 4403
 """The code with which a connection is closed when the right to view is gone."""
+
+
+_farewells: set[asyncio.Task[None]] = set()
 
 
 class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
@@ -49,7 +53,7 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
             return
         self._user_id, self._name = str(user.pk), user.get_full_name() or user.get_username()
         broadcaster.home = asyncio.get_running_loop()
-        await self.channel_layer.group_add(GROUP, self.channel_name)
+        await self._join(GROUP)
         await self.accept()
         self._tasks["watch"] = asyncio.create_task(self._look_after())
 
@@ -57,9 +61,14 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
         for task in list(self._tasks.values()):
             if task is not asyncio.current_task():
                 task.cancel()
-        if self.channel_layer is not None:
-            await self._leave()
-            await self.channel_layer.group_discard(GROUP, self.channel_name)
+        if self.channel_layer is None:
+            return
+        await self.channel_layer.group_discard(GROUP, self.channel_name)
+        if self._watched is not None:
+            await self.channel_layer.group_discard(_room(*self._watched), self.channel_name)
+            farewell = asyncio.create_task(self._say_farewell())
+            _farewells.add(farewell)
+            farewell.add_done_callback(_farewells.discard)
 
     async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
         try:
@@ -71,7 +80,7 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
         self._is_watching = True
         if alias is not None and key is not None:
             self._watched = alias, key
-            await self.channel_layer.group_add(_room(alias, key), self.channel_name)
+            await self._join(_room(alias, key))
             await self._greet(is_new=True)
 
     async def hint(self, event: dict[str, Any]) -> None:
@@ -122,6 +131,9 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
                 if await self._viewer() is None:
                     code = FORBIDDEN
                     return
+                await self._join(GROUP)  # again: a layer forgets, after a day or when its server was lost
+                if self._watched is not None:
+                    await self._join(_room(*self._watched))
                 await self._greet()
                 oldest = asyncio.get_running_loop().time() - 3 * RECHECK
                 self._others = {name: other for name, other in self._others.items() if other[2] > oldest}
@@ -135,6 +147,9 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
 
     async def _viewer(self) -> Any:
         return await database_sync_to_async(_viewer)(self.scope["session"].session_key)
+
+    async def _join(self, group: str) -> None:
+        await self.channel_layer.group_add(group, self.channel_name)
 
     async def _greet(self, *, is_new: bool = False, leaves: bool = False) -> None:
         if self._watched is not None:
@@ -156,6 +171,12 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
             await self._greet(leaves=True)
         self._watched = None
         self._others.clear()
+
+    async def _say_farewell(self) -> None:
+        """Tell the others, when this consumer has ended: channels_redis loses what it fetches for one that ends."""
+        await asyncio.sleep(EVERY)
+        with suppress(Exception):  # without it they forget this page a little later
+            await self._greet(leaves=True)
 
     async def _say_who_is_present(self) -> None:
         names = sorted({name for user_id, name, _at in self._others.values() if user_id != self._user_id})

@@ -221,6 +221,27 @@ async def test_the_key_builder_is_respected(make_storage: Make, database: str) -
     assert (row.chat_id, row.key) == (NEW, "user:7")
 
 
+async def test_live_pages_hear_of_each_record_that_moves(make_storage: Make, database: str) -> None:
+    heard: list[tuple[str, dict[str, int | None]]] = []
+
+    def note(alias: str, written: Any) -> None:
+        heard.append((alias, dict(written)))
+
+    by_chat, by_user = make_storage(), make_storage(alias="by user", key_builder=ByUser())
+    for storage in (by_chat, by_user):
+        await put(storage, key(OLD), "a")
+    signals.hints.append(note)
+    try:
+        await move(by_chat)
+        await move(by_user)
+    finally:
+        signals.hints.remove(note)
+    rows: list[FSMRecord] = await in_thread(lambda: list(FSMRecord.objects.using(database).all()))
+    versions = {alias: {row.key: row.version for row in rows if row.alias == alias} for alias, _ in heard}
+    assert dict(heard) == versions
+    assert {alias: len(found) for alias, found in heard} == {by_chat.alias: 2, "by user": 1}
+
+
 async def test_a_chat_that_stands_for_its_users_does_so_under_the_new_id(storage: DjangoStorage) -> None:
     """As with aiogram's strategies CHAT and CHAT_TOPIC."""
     await put(storage, key(OLD, OLD), "a")

@@ -10,7 +10,7 @@ from django.db import OperationalError, connection
 from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 
-from fsm_storage import DjangoStorage
+from fsm_storage import DjangoStorage, signals
 from fsm_storage.admin import actions, bulkwork
 from fsm_storage.admin.bulk import ACTIONS
 from fsm_storage.models import FSMBulk, FSMBulkItem, FSMRecord, FSMTransition
@@ -480,3 +480,19 @@ def test_the_dry_run_names_the_chosen_state_as_people_do(agent, make_record):
     html = html_of(agent.post(f"{LIST}bulk/", asked))
     assert "=Order:payment" not in html
     assert html.count('title="Order:payment"') == 2
+
+
+@pytest.mark.parametrize("how", ["selected", "page"])
+def test_live_pages_hear_of_what_is_deleted(
+    as_user, make_record, monkeypatch, how, django_capture_on_commit_callbacks
+):
+    client = as_user("view_fsmrecord", "delete_fsmrecord")
+    record, heard = make_record(state="x"), []
+    monkeypatch.setattr(signals, "hints", [lambda alias, written: heard.append((alias, *written))])
+    with django_capture_on_commit_callbacks(execute=True):
+        if how == "page":
+            client.post(f"{LIST}{record.pk}/delete/", {"post": "yes"})
+        else:
+            client.post(LIST, {"action": "delete_selected", "_selected_action": [record.pk], "post": "yes"})
+    assert not FSMRecord.objects.exists()
+    assert heard == [("default", (record.key, None))]

@@ -1,0 +1,27 @@
+"""A process that writes: one change at once, and another for each line on its input. Ends when that ends."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import django
+
+
+async def main(state: str) -> None:
+    from aiogram.fsm.storage.base import StorageKey
+
+    from fsm_storage import storages
+
+    key = StorageKey(bot_id=42, chat_id=7, user_id=7)
+    await storages["default"].set_state(key, state)
+    print("written", flush=True)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        await storages["default"].set_state(key, line.strip())
+        print("written", flush=True)
+    await storages["default"].close()
+
+
+if __name__ == "__main__":
+    django.setup()
+    asyncio.run(main(sys.argv[1]))

@@ -1,0 +1,121 @@
+"""Hints on their way: in which messages, what a layer that is stuck or down does, and that no writer waits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from channels.layers import channel_layers
+
+from fsm_storage.live import GROUP, broadcasting
+from fsm_storage.live.broadcasting import MAX_RECORDS, Broadcaster
+from tests.servers import run_python
+
+
+class Layer:
+    """Notes what is sent, and when; fails or hangs when told to."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[float, Any]] = []
+        self.error: Exception | None = None
+
+    async def group_send(self, group: str, message: Any) -> None:
+        assert group == GROUP
+        if self.error:
+            raise self.error
+        self.sent.append((time.monotonic(), message))
+
+
+@pytest.fixture
+def layer(settings: Any) -> Iterator[Layer]:
+    settings.CHANNEL_LAYERS = {"default": {"BACKEND": "tests.live.test_broadcasting.Layer"}}
+    layer = Layer()
+    channel_layers.set("default", layer)
+    yield layer
+    channel_layers.backends.clear()
+
+
+@pytest.fixture
+def sender(layer: Layer) -> Iterator[Broadcaster]:
+    sender = Broadcaster()
+    yield sender
+    sender.finish()
+
+
+def until(happened: Callable[[], Any], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def test_the_first_is_sent_at_once_and_what_follows_together(sender: Broadcaster, layer: Layer) -> None:
+    sender.hint("default", [("a", 1)])
+    until(lambda: layer.sent)
+    for version in range(2, 50):
+        sender.hint("default", [("a", version), ("b", None)])
+    until(lambda: len(layer.sent) == 2)
+    (first_at, first), (second_at, second) = layer.sent
+    assert first == {"type": "hint", "records": [["default", "a", 1]], "more": False}
+    assert second["records"] == [["default", "a", 49], ["default", "b", None]]
+    assert second_at - first_at >= 0.24
+
+
+def test_a_flood_takes_no_memory(sender: Broadcaster, layer: Layer) -> None:
+    layer.error = OSError("down")
+    sender.hint("default", [("a", 1)])
+    until(lambda: sender._more)
+    for number in range(100 * MAX_RECORDS):
+        sender.hint("default", [(f"k{number}", 1)])
+    assert len(sender._records) == 0
+    layer.error = None
+    until(lambda: layer.sent)
+    assert layer.sent[0][1] == {"type": "hint", "records": [], "more": True}
+
+
+def test_many_at_once_are_not_named(sender: Broadcaster, layer: Layer) -> None:
+    sender.hint("default", [(f"k{number}", 1) for number in range(MAX_RECORDS + 1)])
+    until(lambda: layer.sent)
+    assert layer.sent[0][1] == {"type": "hint", "records": [], "more": True}
+
+
+def test_a_layer_that_is_down_is_named_once(
+    sender: Broadcaster, layer: Layer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broadcasting, "LONGEST_PAUSE", 0.3)
+    layer.error = OSError("down")
+    sender.hint("default", [("a", 1)])
+    time.sleep(1.2)
+    assert caplog.text.count("live pages are not told: OSError: down") == 1
+    layer.error = None
+    until(lambda: layer.sent)
+
+
+def test_the_end_waits_for_what_was_not_sent(sender: Broadcaster, layer: Layer) -> None:
+    sender.hint("default", [("a", 1)])
+    sender.hint("default", [("b", 1)])
+    sender.finish()
+    keys = [key for _at, message in layer.sent for _alias, key, _version in message["records"]]
+    assert keys == ["a", "b"]
+
+
+def test_what_begins_anew_after_a_fork_sends_too(sender: Broadcaster, layer: Layer) -> None:
+    sender.hint("default", [("a", 1)])
+    until(lambda: layer.sent)
+    sender.start_anew()
+    sender.hint("default", [("b", 1)])
+    until(lambda: len(layer.sent) == 2)
+
+
+@pytest.mark.parametrize("layers", ["{}", "{'default': {'BACKEND': 'channels.layers.InMemoryChannelLayer'}}"])
+def test_without_a_layer_nothing_listens_and_channels_is_not_loaded(layers: str) -> None:
+    code = (
+        "import sys, django; from django.conf import settings; import tests.settings as given; "
+        "options = {name: getattr(given, name) for name in dir(given) if name.isupper()}; "
+        f"settings.configure(**options, CHANNEL_LAYERS={layers}); django.setup(); "
+        "from fsm_storage import signals; print(len(signals.hints), 'channels' in sys.modules)"
+    )
+    expected = "0 False" if layers == "{}" else "1 True"
+    assert run_python(code).strip() == expected

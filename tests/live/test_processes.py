@@ -1,0 +1,128 @@
+"""Bot, commands and site in processes of their own; what one writes, a page of the other hears. A real Redis."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import pytest
+from django.conf import settings
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from fsm_storage.models import FSMRecord
+from tests.live.conftest import cookie_of, make_user
+from tests.servers import RedisServer, Site, finish_child, run_python, start_child
+
+pytestmark = pytest.mark.django_db(transaction=True)
+RECORD = {"type": "watch", "alias": "default", "key": "42:7:7"}
+
+
+@pytest.fixture(scope="module")
+def own_redis() -> Iterator[RedisServer]:
+    """A Redis that a test may kill."""
+    server = RedisServer(settings.TEST_DIR / f"redis-{uuid.uuid4().hex[:8]}")
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="module")
+def site(django_db_setup: None, own_redis: RedisServer) -> Iterator[Site]:
+    site = Site(own_redis.url)
+    yield site
+    site.stop()
+
+
+@pytest.fixture
+def dial(transactional_db: None, site: Site) -> Iterator[Callable[..., ClientConnection]]:
+    """Open a websocket as a page of `site` does; when it is returned, the server has understood what is watched."""
+    cookies: dict[str, str] = {}
+    with ExitStack() as opened:
+
+        def dial(name: str = "ann") -> ClientConnection:
+            if name not in cookies:
+                cookies[name] = cookie_of(make_user(name, "view_fsmrecord"))
+            page = opened.enter_context(open_socket(site, cookies[name]))
+            page.send(json.dumps(RECORD))
+            page.send("no JSON")
+            while heard(page)["type"] != "error":
+                pass
+            return page
+
+        yield dial
+
+
+def open_socket(site: Site, cookie: str = "", path: str = "/ws/fsm_storage/") -> Any:
+    headers = {"Cookie": cookie, "Origin": site.url}
+    return connect(site.url.replace("http:", "ws:") + path, additional_headers=headers, open_timeout=20)
+
+
+def heard(socket: ClientConnection) -> dict[str, Any]:
+    message: dict[str, Any] = json.loads(socket.recv(timeout=20))
+    return message
+
+
+def layer(server: RedisServer) -> dict[str, str]:
+    return {"FSM_TEST_LAYER": server.url}
+
+
+def newest() -> list[Any]:
+    record = FSMRecord.objects.get(key="42:7:7")
+    return ["default", record.key, record.version]
+
+
+def test_a_page_hears_of_a_process_that_writes_and_ends_at_once(dial: Any, own_redis: RedisServer) -> None:
+    page = dial()
+    bot = start_child("tests.live.bot", "Order:size", env=layer(own_redis))
+    finish_child(bot)
+    assert heard(page) == {"type": "changed", "records": [newest()], "more": False}
+    command = "import django; django.setup(); from django.core.management import call_command as c; "
+    run_python(command + "c('fsm_set', '42:7:7', state='Order:payment')", env=layer(own_redis))
+    assert heard(page) == {"type": "changed", "records": [newest()], "more": False}
+
+
+def test_a_bot_that_lives_on_is_heard_again_after_its_redis_was_killed(
+    dial: Any, own_redis: RedisServer
+) -> None:
+    page = dial()
+    bot = start_child("tests.live.bot", "a", env=layer(own_redis))
+    assert bot.stdin is not None
+    assert bot.stdout is not None
+    assert bot.stdout.readline() == "written\n"
+    assert heard(page)["records"] == [newest()]
+    own_redis.kill()
+    bot.stdin.write("b\n")
+    bot.stdin.flush()
+    assert bot.stdout.readline() == "written\n"  # and waits for no Redis
+    with suppress(ConnectionClosed, TimeoutError):  # the page would connect again
+        page.recv(timeout=10)
+    own_redis.start()
+    page = dial()
+    bot.stdin.write("c\n")
+    bot.stdin.flush()
+    assert bot.stdout.readline() == "written\n"
+    message = heard(page)  # it was away: so the message may say only that much has changed
+    assert message["more"] or message["records"] == [newest()]
+    bot.stdin.write("d\n")
+    bot.stdin.flush()
+    assert bot.stdout.readline() == "written\n"
+    assert heard(page)["records"] == [newest()]
+    finish_child(bot)
+
+
+def test_strangers_are_refused(transactional_db: None, site: Site) -> None:
+    with pytest.raises(InvalidStatus, match="403"), open_socket(site):
+        pass
+    cookie = cookie_of(make_user("eve"))
+    with pytest.raises(InvalidStatus, match="403"), open_socket(site, cookie):
+        pass
+
+
+def test_people_in_different_tabs_see_each_other(dial: Any) -> None:
+    ann, bob = dial("ann"), dial("bob")
+    assert heard(ann) == {"type": "present", "names": ["bob"]}
+    bob.close()
+    assert heard(ann) == {"type": "present", "names": []}
