@@ -24,6 +24,7 @@ from redis.asyncio.cluster import RedisCluster
 from redis.exceptions import RedisError
 
 from fsm_storage.backends.arguments import TtlOption, own_ttl
+from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.backends.fencing import HOLD
 from fsm_storage.backends.merging import Merge
 from fsm_storage.backends.options import checked_options, loaded
@@ -35,7 +36,7 @@ from fsm_storage.backends.redis_side import Side
 from fsm_storage.backends.wire import wire_for
 from fsm_storage.backends.writing import Outbox, Write
 from fsm_storage.codec import Dumps, Loads, WireCodec
-from fsm_storage.dialects import Claim, Fence, History
+from fsm_storage.dialects import Claim, Errand, Fence, History
 from fsm_storage.exceptions import (
     CorruptData,
     InvalidStorageError,
@@ -125,6 +126,7 @@ class RedisStorage(BaseStorage):
         self._claims = Claims(self.redis, alias, timeout, max_pending)
         self._lock = threading.Lock()
         self._mirroring: Mirroring | None = None
+        self._tables: DjangoStorage | None = None
         self.closed = False
 
     @classmethod
@@ -161,9 +163,16 @@ class RedisStorage(BaseStorage):
         """Return the Redis key of the lease on `key`."""
         return self._name(key, LOCK)
 
-    def submit(self, claim: Claim) -> Awaitable[Any]:
-        """Carry out a claim, in a batch with others."""
-        return self._claims.batcher.submit(claim)
+    def submit(self, errand: Errand) -> Awaitable[Any]:
+        """Carry out a claim, in a batch with others; or an errand on a table of the mirror's database."""
+        if isinstance(errand, Claim):
+            return self._claims.batcher.submit(errand)
+        if not self.mirror:
+            raise NotEditable(self.alias, "it keeps nothing in Django")
+        with self._lock:
+            if self._tables is None:
+                self._tables = DjangoStorage(self.alias, database=self.database, timeout=self.timeout)
+        return self._tables.submit(errand)
 
     async def finish(self, claims: Sequence[Claim]) -> None:
         """Carry out claims, also after `close()`. Raises the first error."""
@@ -234,6 +243,8 @@ class RedisStorage(BaseStorage):
         if own is not None:
             await own.close()
         await self._claims.batcher.close()
+        if self._tables is not None:
+            await self._tables.close()
         if self._mirroring is not None:
             self._mirroring.stop()
             await asyncio.to_thread(self._mirroring.join, self.timeout)
@@ -245,6 +256,8 @@ class RedisStorage(BaseStorage):
     def shut(self) -> None:
         """Refuse what comes later, from synchronous code; what was accepted is finished on its event loop."""
         self._refuse()
+        if self._tables is not None:
+            self._tables.shut()
         if self._mirroring is not None:
             self._mirroring.stop()
             self._mirroring.join(self.timeout)

@@ -19,12 +19,12 @@ from django.db import transaction
 
 from fsm_storage import RedisStorage
 from fsm_storage.conf import storages
-from fsm_storage.dialects import Fence
+from fsm_storage.dialects import Fence, Naming
 from fsm_storage.exceptions import LeaseLost, RedisConflict, RedisUnavailable
 from fsm_storage.mirror import repairing
 from fsm_storage.mirror.applying import Applier, Entry
 from fsm_storage.mirror.worker import GROUP, Mirror, table_of
-from fsm_storage.models import FSMRecord, FSMTransition
+from fsm_storage.models import FSMPeer, FSMRecord, FSMTransition
 from fsm_storage.outbox import Record, aside_name, encode, missed_name, stream_name, version_of
 from tests.conftest import POSTGRES, SQLITE
 from tests.redis.conftest import Make
@@ -533,3 +533,14 @@ async def test_a_restore_does_not_bring_back_what_the_bot_removes_meanwhile(
     with pytest.raises(repairing.MirrorBehind):
         await repairing.restore(storage)
     assert await storage.get_state(key) is None
+
+
+async def test_names_go_to_the_database_and_leases_to_redis(
+    mirrored: Mirrored, database: str, key: StorageKey
+) -> None:
+    storage = mirrored()
+    async with storage.create_isolation().lock(key):
+        named = [storage.submit(Naming(7, "Ann Example", "ann")), storage.submit(Naming(8, "Ben", ""))]
+        await asyncio.gather(*named)
+    rows = await in_thread(lambda: list(FSMPeer.objects.using(database).order_by("pk").values_list("title")))
+    assert rows == [("Ann Example",), ("Ben",)]
