@@ -122,7 +122,7 @@ class Worker:
         groups: dict[str, list[Task]] = {}
         for task in self._decide(items):
             # What is written to Redis is not rolled back, so there each record is a transaction of its own.
-            own = "" if hasattr(storages.editor(task.record.alias), "put") else task.item.pk
+            own = task.item.pk if _is_mirrored(task.record.alias) else ""
             groups.setdefault(f"{task.record.alias} {task.changes} {own}", []).append(task)
         for group in groups.values():
             self._change(group)
@@ -222,6 +222,10 @@ class Worker:
             task.item.before = _before(task.record, changes)
         items = [task.item for task in tasks]
         FSMBulkItem.objects.using(self.database).bulk_update(items, ["version", "before"], batch_size=BATCH)
+
+
+def _is_mirrored(alias: str) -> bool:
+    return alias in storages.settings and bool(getattr(storages[alias], "mirror", False))
 
 
 def _before(record: FSMRecord, changes: Changes) -> dict[str, Any]:
