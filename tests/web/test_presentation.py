@@ -19,9 +19,11 @@ def luminance(colour: str) -> float:
 
 
 def test_every_badge_is_readable_in_light_and_in_dark():
-    pairs = re.findall(r"--fsm-bg-(\d+): (#\w{6}); --fsm-fg-\1: (#\w{6});", CSS)
-    assert len(pairs) == COLOURS * 3  # light; dark by the system; dark by choice
-    for _number, background, text in pairs:
+    both = r"light-dark\((#\w{6}), (#\w{6})\);"
+    found = re.findall(rf"--fsm-bg-(\d+): {both} --fsm-fg-\1: {both}", CSS)
+    assert len(found) == COLOURS
+    pairs = [pair for _, *colours in found for pair in (colours[::2], colours[1::2])]  # light; dark
+    for background, text in pairs:
         low, high = sorted([luminance(background), luminance(text)])
         assert (high + 0.05) / (low + 0.05) >= 4.5
     assert all(f".fsm-c{number} {{" in CSS for number in range(COLOURS))
