@@ -77,9 +77,10 @@ class ActionsMixin(Base):
             *super().get_urls(),
         ]
 
-    def get_actions(self, request: HttpRequest, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Offer what the user may do. (Django 6.1 says for which place, too.)"""
-        rights, actions = rights_of(request.user), super().get_actions(request, *args, **kwargs)
+    def get_actions(self, request: HttpRequest, action_location: Any = None) -> dict[str, Any]:
+        """Offer what the user may do. Django says since 6.1 for which place."""
+        place = {} if action_location is None else {"action_location": action_location}
+        rights, actions = rights_of(request.user), super().get_actions(request, **place)
         return {
             name: action
             for name, action in actions.items()
