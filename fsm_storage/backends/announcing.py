@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 from aiogram.fsm.storage.base import StorageKey
-from redis.exceptions import NoScriptError
 
-from fsm_storage.backends.writing import Command, Script
+from fsm_storage.backends.wire import run_script
+from fsm_storage.backends.writing import Script
 from fsm_storage.outbox import DATA, STATE, Record, encode_header, encode_key
 from fsm_storage.patches import KEEP, Keep
 
@@ -159,11 +159,4 @@ def _tail(key: StorageKey, source: str, actor: str) -> str:
 
 async def run(wire: Any, script: Script, names: Sequence[str], arguments: Sequence[Any]) -> Any:
     """Run a script, by its text if Redis does not have it. Raises what Redis answers it with."""
-    for whole in (False, True):
-        command: Command = script.command(names, arguments, whole=whole)
-        (reply,) = await wire.ask([command])
-        if not isinstance(reply, NoScriptError):
-            break
-    if isinstance(reply, Exception):
-        raise reply
-    return reply
+    return await run_script(lambda whole: wire.ask([script.command(names, arguments, whole=whole)]))
