@@ -11,8 +11,9 @@ PYTEST_ARGS ?=
 demo: $(VENV)/.installed
 	$(RUN) -m project.demo $(if $(REDIS),--redis)
 
+# Two workers, each with servers of its own: the tests wait more than they work.
 test: $(VENV)/.installed
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed-bench
 	$(RUN) -m benchmarks

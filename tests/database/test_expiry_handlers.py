@@ -582,7 +582,7 @@ async def test_an_expiry_that_is_known_is_not_waited_for_longer_than_it_takes(
         await asyncio.wait_for(called.wait(), 20)
 
 
-@pytest.mark.parametrize("wrong", [5, None, State, object()], ids=repr)
+@pytest.mark.parametrize("wrong", [5, None, State, b"Order:payment"], ids=repr)
 def test_what_is_no_state_is_refused(wrong: Any) -> None:
     with pytest.raises(TypeError, match="for states and groups of states"):
         Expiry().register(print, wrong)

@@ -32,7 +32,7 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("operation", ALL, ids=repr)
+@pytest.mark.parametrize("operation", ALL, ids=lambda operation: type(operation).__name__)
 def test_what_is_written_into_a_migration_reads_as_the_same(operation: Any) -> None:
     migration = Migration("0002_it", "shop")
     migration.operations = [operation]
@@ -44,7 +44,7 @@ def test_what_is_written_into_a_migration_reads_as_the_same(operation: Any) -> N
     assert meaning[0] == meaning[1]
 
 
-@pytest.mark.parametrize("operation", ALL, ids=repr)
+@pytest.mark.parametrize("operation", ALL, ids=lambda operation: type(operation).__name__)
 def test_it_says_what_it_does(operation: Any) -> None:
     assert "onversations" in operation.describe()
     assert operation.migration_name_fragment.isidentifier()

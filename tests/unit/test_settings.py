@@ -124,7 +124,7 @@ WRONG_OPTIONS: list[tuple[str, Any]] = [
     *(("history", value) for value in ("all", None, True, "OFF", [])),
     *(("timeout", value) for value in (0, -1, math.nan, math.inf, True, "5", None, 1e9)),
     *((name, value) for name in ("max_pending", "batch_size") for value in (0, -1, 1.5, True, "5", None)),
-    *(("key_builder", value) for value in (5, object(), DefaultKeyBuilder, "nowhere.Builder", NONE)),
+    *(("key_builder", value) for value in (5, object, DefaultKeyBuilder, "nowhere.Builder", NONE)),
     *((name, value) for name in ("json_loads", "json_dumps") for value in (5, "nowhere.loads", "json.__name__")),
 ]  # fmt: skip
 
@@ -145,7 +145,8 @@ def test_a_wrong_option_is_refused_by_constructor_and_check(name: str, value: An
     [
         ("state_ttl", None), ("state_ttl", 1), ("state_ttl", 0.1), ("data_ttl", timedelta(days=2)),
         ("data_ttl", timedelta(days=36525)), ("history", "off"), ("history", "full"), ("timeout", 0.5),
-        ("max_pending", 1), ("batch_size", 1), ("key_builder", None), ("key_builder", DefaultKeyBuilder()),
+        ("max_pending", 1), ("batch_size", 1), ("key_builder", None),
+        pytest.param("key_builder", DefaultKeyBuilder(), id="key_builder-object"),
         ("key_builder", "fsm_storage.DefaultKeyBuilder"), ("json_dumps", "json.dumps"), ("json_loads", None),
         ("database", "postgres"),
     ],
