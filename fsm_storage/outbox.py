@@ -63,6 +63,17 @@ class Record(NamedTuple):
     actor: str = ""
 
 
+class Header(NamedTuple):
+    """What a field says of the value beside it."""
+
+    key: StorageKey
+    part: Part
+    is_removed: bool
+    ttl_ms: int | None
+    source: str
+    actor: str
+
+
 def encode(records: Iterable[Record]) -> list[str]:
     """Return the fields and values of one entry: what stands behind `XADD stream *`."""
     pairs: list[str] = []
@@ -101,32 +112,43 @@ def _decoded(field: Any, value: Any) -> Record | InvalidOutboxRecord:
 
 def decode_record(header: str | bytes, value: str | bytes) -> Record:
     """Return the record in one pair. Raises `InvalidOutboxRecord`."""
+    about = decode_header(without_number(header))
     try:
-        text = header.decode() if isinstance(header, bytes) else header
-        _number, part, ttl_ms, *rest = json.loads(text)
-        *key, source, actor = _filled(rest, ["", ""])
-        is_removed = part[:1] == "-"
-        record = Record(
-            StorageKey(*key),
-            part[1:] if is_removed else part,
-            None if is_removed else value.decode() if isinstance(value, bytes) else value,
-            ttl_ms,
-            source,
-            actor,
-        )
-        _check(record)
-    except (ValueError, TypeError, RecursionError) as error:
+        text = None if about.is_removed else value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
         raise InvalidOutboxRecord(header, str(error)) from error
-    return record
+    return Record(about.key, about.part, text, about.ttl_ms, about.source, about.actor)
 
 
-def _check(record: Record) -> None:
-    check_key(record.key)
-    if record.part not in (STATE, DATA):
-        raise ValueError(f"the part {record.part!r} is not known")
-    if not isinstance(record.source, str) or not isinstance(record.actor, str):
+def without_number(header: str | bytes) -> bytes:
+    """Return what a header says, which those of one key and part have in common. Raises `InvalidOutboxRecord`."""
+    data = header.encode() if isinstance(header, str) else header
+    number, _, rest = data.partition(b",")
+    if number[:1] != b"[" or not number[1:].isdigit():
+        raise InvalidOutboxRecord(header, "it does not begin with a number")
+    return rest
+
+
+def decode_header(rest: bytes) -> Header:
+    """Return what a header says behind its number. Raises `InvalidOutboxRecord`."""
+    try:
+        part, ttl_ms, *more = json.loads(b"[" + rest)
+        *key, source, actor = _filled(more, ["", ""])
+        is_removed = part[:1] == "-"
+        header = Header(StorageKey(*key), part[1:] if is_removed else part, is_removed, ttl_ms, source, actor)
+        _check(header)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InvalidOutboxRecord(rest, str(error)) from error
+    return header
+
+
+def _check(header: Header) -> None:
+    check_key(header.key)
+    if header.part not in (STATE, DATA):
+        raise ValueError(f"the part {header.part!r} is not known")
+    if not isinstance(header.source, str) or not isinstance(header.actor, str):
         raise TypeError("source and actor must be texts")
-    ttl_ms = record.ttl_ms
+    ttl_ms = header.ttl_ms
     if ttl_ms is not None and (type(ttl_ms) is not int or ttl_ms <= 0):
         raise ValueError(f"the TTL must be milliseconds above 0, not {ttl_ms!r}")
 

@@ -24,6 +24,7 @@ from fsm_storage.codec import Codec, Dumps, Loads
 from fsm_storage.dialects import (
     LOCKED,
     NOTHING_SPARED,
+    AsOf,
     Cause,
     Errand,
     History,
@@ -104,6 +105,7 @@ class DjangoStorage(MovesChats, BaseStorage):
         self._telling = self._scope._replace(tells=True)
         self._session, self.timeout = Session(database, timeout), timeout
         self._expiry = expiry
+        self.sender: type[BaseStorage] = type(self)
         self._limits = {"timeout": timeout, "max_pending": max_pending, "batch_size": batch_size}
         self._reads: Batcher[Operation, Any] | None = None
         self._writes: Batcher[Operation, Any] | None = None
@@ -225,7 +227,7 @@ class DjangoStorage(MovesChats, BaseStorage):
         replies = self._session.write_here(writes, scope, conflicts_raise=conflicts_raise)
         if scope.tells or signals.hints:
             self._session.after_commit(
-                partial(signals.announce, type(self), self.alias, writes, replies, cause)
+                partial(signals.announce, self.sender, self.alias, writes, replies, cause)
             )
         return replies
 
@@ -249,16 +251,18 @@ class DjangoStorage(MovesChats, BaseStorage):
         """Close the calling thread's connection."""
         self._session.release()
 
-    def sweep(self, limit: int = 1000) -> tuple[int, int, int]:
+    def sweep(self, limit: int = 1000, *, as_of: AsOf | None = None) -> tuple[int, int, int]:
         """Clear up to `limit` expired states and as many data, and delete the records left idle.
 
-        What `expiry` has handlers for is left to them. Returns the three counts; all 0 when there is
-        nothing left to do. Synchronous.
+        With `as_of`, only what had expired by then, of records at a smaller version. What `expiry` has
+        handlers for is left to them. Returns the three counts; all 0 when there is nothing left to do. Synchronous.
         """
         scope = self._telling if signals.is_heard() or signals.hints else self._scope
-        swept = self._session.sweep(scope, limit, self.expiry.spared() if self.expiry else NOTHING_SPARED)
+        spared = self.expiry.spared() if self.expiry else NOTHING_SPARED
+        swept = self._session.sweep(scope, limit, spared, as_of)
         if swept.lapsed:
-            self._session.after_commit(partial(signals.announce_lapsed, type(self), self.alias, swept.lapsed))
+            told = partial(signals.announce_lapsed, self.sender, self.alias, swept.lapsed)
+            self._session.after_commit(told)
         return swept.states, swept.data, swept.records
 
     def submit(self, op: Write | Errand) -> Awaitable[Any]:
@@ -314,7 +318,7 @@ class DjangoStorage(MovesChats, BaseStorage):
         if written.change is not None:
             cause = self._scope.cause
             news = News(self.alias, write.parts, write.key, written.version, cause, written.change)
-            await signals.atell(type(self), news)
+            await signals.atell(self.sender, news)
         return written
 
     async def _now(self, op: Operation) -> Any:

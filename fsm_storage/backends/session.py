@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.apps import apps
@@ -27,6 +28,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from fsm_storage.backends.unit import Unit
 from fsm_storage.dialects import (
     LOCKED,
+    AsOf,
     Dialect,
     Errand,
     Read,
@@ -123,7 +125,7 @@ class Session:
             unit = self._unit()
             try:
                 with unit.transaction(wait=self.timeout):
-                    replies = self._until_done(unit, writes, scope, deadline)
+                    replies = self._until_done(partial(self._write_waiting, unit, scope), writes, deadline)
                     for reply in replies:
                         if isinstance(reply, BaseException) and (
                             conflicts_raise or not isinstance(reply, VersionConflict)
@@ -154,12 +156,17 @@ class Session:
 
         return self._retried(run, time.monotonic() + self.timeout)
 
-    def sweep(self, scope: Scope, limit: int, spared: Spared) -> Sweep:
+    def write_patiently(self, writes: Sequence[Write], scope: Scope) -> Sequence[WriteReply]:
+        """As `write`, but wait for locked rows too. Raises `StorageUnavailable` if they stay locked."""
+        deadline = time.monotonic() + self.timeout
+        return self._until_done(lambda some: self.write(some, scope, deadline), writes, deadline)
+
+    def sweep(self, scope: Scope, limit: int, spared: Spared, as_of: AsOf | None = None) -> Sweep:
         """Clear and delete up to `limit` of each kind."""
         deadline = time.monotonic() + self.timeout
         self._retried(lambda unit: unit.run_committed(unit.dialect.sweep_leases(scope, limit)), deadline)
         return self._retried(
-            lambda unit: unit.run_in_transaction(unit.dialect.sweep(scope, limit, spared)), deadline
+            lambda unit: unit.run_in_transaction(unit.dialect.sweep(scope, limit, spared, as_of)), deadline
         )
 
     def retried(self, question: Callable[[], T]) -> T:
@@ -265,16 +272,23 @@ class Session:
         copy.__cause__ = cause
         return copy
 
+    def _write_waiting(self, unit: Unit, scope: Scope, writes: Sequence[Write]) -> Sequence[WriteReply]:
+        return unit.run(unit.dialect.write(writes, scope, wait=True))
+
     def _until_done(
-        self, unit: Unit, writes: Sequence[Write], scope: Scope, deadline: float
+        self,
+        write: Callable[[Sequence[Write]], Sequence[WriteReply]],
+        writes: Sequence[Write],
+        deadline: float,
     ) -> list[WriteReply]:
         replies: dict[str, WriteReply] = {}
-        while missing := [write for write in writes if replies.get(write.key, LOCKED) == LOCKED]:
+        while missing := [one for one in writes if replies.get(one.key, LOCKED) == LOCKED]:
             if time.monotonic() > deadline:
                 raise StorageUnavailable(self.database, TimeoutError("the records stayed locked"))
-            found = unit.run(unit.dialect.write(missing, scope, wait=True))
-            replies.update(zip((write.key for write in missing), found, strict=True))
-        return [replies[write.key] for write in writes]
+            if replies:
+                time.sleep(0.01)
+            replies.update(zip((one.key for one in missing), write(missing), strict=True))
+        return [replies[one.key] for one in writes]
 
     def _remember_contended(self, writes: Sequence[Write], replies: Sequence[WriteReply]) -> None:
         for write, reply in zip(writes, replies, strict=True):

@@ -15,7 +15,7 @@ from aiogram.fsm.storage.base import StorageKey
 
 from fsm_storage.codec import Codec
 from fsm_storage.keys import name_key
-from fsm_storage.patches import NEVER, Patch, Ttl
+from fsm_storage.patches import NEVER, Patch, Seconds, Ttl
 
 History = Literal["off", "states", "full"]
 Rows: TypeAlias = list[tuple[Any, ...]]
@@ -47,18 +47,11 @@ class Fence(NamedTuple):
     token: int
 
 
-class AsOf(NamedTuple):
-    """When a write was really made, elsewhere: `age` seconds ago. `version` is the record's from then on."""
-
-    version: int
-    age: float
-
-
 class Write(NamedTuple):
     """Apply a patch to a key. With `if_version`, only to a record at that version; 0: if there is none.
 
     With a `fence`, only while its lease is in the table; else the reply is `LeaseLost`.
-    With `as_of`, only to a record at a smaller version; else the answer is `VersionConflict`.
+    With `as_of`, as if it were then, and only to a record at a smaller version; else the answer is `VersionConflict`.
     """
 
     key: str
@@ -129,6 +122,7 @@ class Spared(NamedTuple):
 
 
 NOTHING_SPARED: Final = Spared()
+LAST_VERSION: Final = 2**63 - 1
 TOGETHER: Final = 60
 
 
@@ -137,6 +131,38 @@ class Cause(NamedTuple):
 
     source: str = "bot"
     actor: str = ""
+
+
+class Step(NamedTuple):
+    """A state that a write made elsewhere went through, the last one included. `version` is when it was made."""
+
+    state: str | None
+    version: int
+    at: Seconds
+    cause: Cause
+
+
+class AsOf(NamedTuple):
+    """When a write was really made, elsewhere, in seconds since the epoch by the database's clock.
+
+    What had expired is judged as of then, and TTLs count from then. `version` is the record's from then on.
+    With history "states", `steps` are what is noted, but for those that the record has seen: their versions
+    are no larger than its own.
+    """
+
+    version: int
+    at: Seconds
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def seen_at(self) -> Seconds:
+        """As of when it is judged whether the state had expired that it meets."""
+        return self.steps[0].at if self.steps else self.at
+
+    @property
+    def leaves_trace(self) -> bool:
+        """Whether there was a state in between, so that a record is kept even if nothing is left of it."""
+        return any(step.state is not None for step in self.steps)
 
 
 class Scope(NamedTuple):
@@ -237,8 +263,13 @@ class Dialect(Protocol):
         a moment at the most. With `lone`, a single write may take a shorter way.
         """
 
-    def sweep(self, scope: Scope, limit: int, spared: Spared = NOTHING_SPARED) -> Plan[Sweep]:
-        """Clear up to `limit` expired states, and data, and delete idle records, but for what is `spared`."""
+    def sweep(
+        self, scope: Scope, limit: int, spared: Spared = NOTHING_SPARED, as_of: AsOf | None = None
+    ) -> Plan[Sweep]:
+        """Clear up to `limit` expired states, and data, and delete idle records, but for what is `spared`.
+
+        With `as_of`, only what had expired by then, of records at a smaller version.
+        """
 
     def claim(self, claims: Sequence[Claim], scope: Scope) -> Plan[list[int | None]]:
         """Take, renew and give back leases on different keys. A constant number of statements.

@@ -16,6 +16,7 @@ from fsm_storage.codec import outside_strings
 from fsm_storage.dialects import (
     LOCKED,
     NOTHING_SPARED,
+    AsOf,
     Plan,
     Read,
     ReadReply,
@@ -30,7 +31,7 @@ from fsm_storage.dialects import (
 from fsm_storage.dialects import mysql_leases as leases
 from fsm_storage.dialects import mysql_peers as peers
 from fsm_storage.dialects import mysql_sql as sql
-from fsm_storage.dialects.rows import Expired, Row, Work, lapsed_of
+from fsm_storage.dialects.rows import Expired, Row, Work, due_until, lapsed_of
 from fsm_storage.exceptions import LeaseLost
 from fsm_storage.patches import EMPTY, Content
 
@@ -98,9 +99,12 @@ class MySQL:
         yield from _written(packet, _statements(work, packet))
         return replies
 
-    def sweep(self, scope: Scope, limit: int, spared: Spared = NOTHING_SPARED) -> Plan[Sweep]:
+    def sweep(
+        self, scope: Scope, limit: int, spared: Spared = NOTHING_SPARED, as_of: AsOf | None = None
+    ) -> Plan[Sweep]:
+        place = due_until(scope, as_of)
         is_spared = spared.states is None, spared.states or (None,)
-        rows = yield Statement(sql.EXPIRED_STATES, (scope.alias, *is_spared, limit))
+        rows = yield Statement(sql.EXPIRED_STATES, (*place, *is_spared, limit))
         states = [Expired(*row[:-1]) for row in rows]
         if states:
             if scope.history != "off":
@@ -108,7 +112,7 @@ class MySQL:
                     sql.TRANSITION, [one.transition("state", scope) for one in states], rows[0][-1]
                 )
             yield Statement(sql.CLEAR_STATES, ([one.id for one in states],), is_quiet=True)
-        rows = yield Statement(sql.EXPIRED_DATA, (scope.alias, spared.data, *is_spared, limit))
+        rows = yield Statement(sql.EXPIRED_DATA, (*place, spared.data, *is_spared, limit))
         data = [Expired(*row[:-1]) for row in rows]
         lost = [one for one in data if one.data != EMPTY]
         if scope.history == "full" and lost:

@@ -34,7 +34,8 @@ NOBODY_MAKES = f"{EXISTING} FOR UPDATE NOWAIT"
 _EXPIRED = """
 SELECT id, `key`, bot_id, chat_id, user_id, thread_id, business_connection_id, destiny, version, state, data,
     CAST({part}_expires_at AS CHAR), @@max_allowed_packet
-FROM fsm_storage_record WHERE {part}_expires_at <= {now} AND alias = %s {unless}
+FROM fsm_storage_record
+WHERE {part}_expires_at <= coalesce(CAST(%s AS DATETIME(6)), {now}) AND alias = %s AND version < %s {unless}
 ORDER BY {part}_expires_at LIMIT %s FOR UPDATE SKIP LOCKED
 """
 # Its parameters: whether every state is spared, and a list of those that are.

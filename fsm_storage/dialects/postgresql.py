@@ -12,6 +12,7 @@ from aiogram.fsm.storage.base import StorageKey
 
 from fsm_storage.codec import outside_strings
 from fsm_storage.dialects import (
+    LAST_VERSION,
     LOCKED,
     NOTHING_SPARED,
     AsOf,
@@ -35,7 +36,7 @@ from fsm_storage.dialects import postgresql_leases as leases
 from fsm_storage.dialects import postgresql_peers as peers
 from fsm_storage.dialects import postgresql_sql as sql
 from fsm_storage.exceptions import CorruptData, LeaseLost, VersionConflict
-from fsm_storage.patches import EMPTY, KEEP, Patch
+from fsm_storage.patches import EMPTY, KEEP, NEVER, Patch, Ttl
 
 # 40001 serialization failure, 40P01 deadlock, 55P03 lock not available, 57P0x the server is going
 # down or coming up, 53300 too many connections, 08xxx the connection; 25006 after a failover.
@@ -101,9 +102,26 @@ _FENCE: dict[str, Callable[[_Batched], Any]] = {
 }
 
 
+def _until(as_of: AsOf, ttl: Ttl) -> float | None:
+    return None if ttl.seconds is None else as_of.at + ttl.seconds
+
+
+# What one that was made elsewhere has besides.
+_AS_OF: dict[str, Callable[[Any, AsOf], Any]] = {
+    "as_version": lambda w, as_of: as_of.version,
+    "at": lambda w, as_of: as_of.at,
+    "seen_at": lambda w, as_of: as_of.seen_at,
+    "state_until": lambda w, as_of: _until(as_of, w.state_ttl),
+    "data_until": lambda w, as_of: _until(as_of, w.data_ttl),
+    "leaves_trace": lambda w, as_of: as_of.leaves_trace,
+}
+
+
 def _common(write: _Batched) -> tuple[Any, ...]:
     """Return what `write` has in each column of `sql.COMMON`."""
     parts, state_ttl, data_ttl = write.parts, write.state_ttl, write.data_ttl
+    if write.as_of is not None:  # it has instants instead
+        state_ttl = data_ttl = NEVER
     place = (parts.bot_id, parts.thread_id, parts.business_connection_id, parts.destiny)
     return (*place, *state_ttl, *data_ttl, write.if_version)
 
@@ -151,9 +169,16 @@ class PostgreSQL:
         params.update(
             zip(sql.COMMON, common[0] if alike else map(list, zip(*common, strict=True)), strict=True)
         )
-        made_elsewhere = [write.as_of for write in writes if write.as_of is not None]
+        made_elsewhere = [(write, write.as_of) for write in writes if write.as_of is not None]
         if made_elsewhere:
-            params.update(zip(sql.AS_OF, map(list, zip(*made_elsewhere, strict=True)), strict=True))
+            params.update({name: [get(*one) for one in made_elsewhere] for name, get in _AS_OF.items()})
+        steps = [
+            (write.key, step.state, step.version, step.at, *step.cause)
+            for write, as_of in made_elsewhere
+            for step in as_of.steps
+        ]
+        if steps:
+            params.update(zip(sql.STEPS, map(list, zip(*steps, strict=True)), strict=True))
         text = sql.write(
             scope.history,
             wait=wait,
@@ -161,17 +186,22 @@ class PostgreSQL:
             alike=alike,
             fenced=fenced,
             as_of=bool(made_elsewhere),
+            steps=bool(steps),
         )
         rows = yield Statement(text, params)
         by_key = {row[0]: row for row in rows}
         return [_reply(write, by_key[write.key]) for write in writes]
 
-    def sweep(self, scope: Scope, limit: int, spared: Spared = NOTHING_SPARED) -> Plan[Sweep]:
+    def sweep(
+        self, scope: Scope, limit: int, spared: Spared = NOTHING_SPARED, as_of: AsOf | None = None
+    ) -> Plan[Sweep]:
         full = scope.history == "full"
         params = {
             "alias": scope.alias, "limit": limit, "noted": scope.history != "off",
             "spared_states": None if spared.states is None else list(spared.states),
             "spares_data": spared.data,
+            "until": None if as_of is None else as_of.at,
+            "below": LAST_VERSION if as_of is None else as_of.version,
         }  # fmt: skip
         text = sql.SWEEP_STATES.format(data="data" if full else "NULL::jsonb")
         states = yield Statement(text, params)

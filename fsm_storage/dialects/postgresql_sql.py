@@ -42,7 +42,22 @@ COMMON = {
     "if_version": "bigint",
 }
 # What writes have that were made elsewhere before.
-AS_OF = {"as_version": "bigint", "age": "float8"}
+AS_OF = {
+    "as_version": "bigint",
+    "at": "float8",
+    "seen_at": "float8",
+    "state_until": "float8",
+    "data_until": "float8",
+    "leaves_trace": "boolean",
+}
+STEPS = {
+    "step_key": "text",
+    "step_state": "text",
+    "step_version": "bigint",
+    "step_at": "float8",
+    "step_source": "text",
+    "step_actor": "text",
+}
 _KEY_COLUMNS = "key, bot_id, chat_id, user_id, thread_id, business_connection_id, destiny"
 
 # Nothing is laid over what cannot be read afterwards: no object, or one that another program nested
@@ -64,23 +79,21 @@ _WRITE = """
 WITH input AS (
     SELECT {names}{singles} FROM {limit}unnest({arrays}) AS i({names})
 ), old AS (
-    SELECT id, key, version, state, data, state_expires_at, data_expires_at,
-        CASE WHEN state_expires_at <= statement_timestamp() THEN NULL ELSE state END AS live_state,
-        CASE WHEN data_expires_at <= statement_timestamp() THEN '{{}}' ELSE data END AS live_data
+    SELECT id, key, version, state, data, state_expires_at, data_expires_at{live}
     FROM fsm_storage_record WHERE alias = %(alias)s AND key = ANY(%(key)s::text[])
     ORDER BY key FOR UPDATE {skip}
 ){fence}, changed AS (
-    SELECT i.*, o.id, o.version, o.live_state, o.live_data, o.state AS raw_state,
+    SELECT i.*, o.id, o.version, {live_state} AS live_state, {live_data} AS live_data, o.state AS raw_state,
         o.state_expires_at, o.data_expires_at,
         i.sets_state OR i.renews_state AS touches_state,
         i.base IS NOT NULL OR i.over IS NOT NULL OR i.renews_data AS touches_data,
-        CASE WHEN i.sets_state THEN i.state WHEN i.renews_state THEN o.live_state ELSE o.state END AS new_state,
+        CASE WHEN i.sets_state THEN i.state WHEN i.renews_state THEN {live_state} ELSE o.state END AS new_state,
         CASE
             WHEN i.base IS NOT NULL AND i.over IS NOT NULL THEN i.base::jsonb || i.over::jsonb
             WHEN i.base IS NOT NULL THEN i.base::jsonb
             WHEN i.over IS NOT NULL AND NOT ({readable}) THEN NULL
-            WHEN i.over IS NOT NULL THEN coalesce(o.live_data, '{{}}') || i.over::jsonb
-            WHEN i.renews_data THEN coalesce(o.live_data, '{{}}')
+            WHEN i.over IS NOT NULL THEN coalesce({live_data}, '{{}}') || i.over::jsonb
+            WHEN i.renews_data THEN coalesce({live_data}, '{{}}')
             ELSE coalesce(o.data, '{{}}')
         END AS new_data,
         {stale} OR {is_lost} AS is_stale,
@@ -89,18 +102,18 @@ WITH input AS (
 ), new AS (
     SELECT *,
         new_data IS NULL AS is_corrupt,
-        id IS NULL AND new_state IS NULL AND new_data = '{{}}' AS is_nothing,
+        id IS NULL AND new_state IS NULL AND new_data = '{{}}'{untraced} AS is_nothing,
         CASE
             WHEN NOT touches_state THEN state_expires_at
             WHEN new_state IS NULL THEN NULL
             WHEN keeps_state_expiry AND live_state IS NOT NULL THEN state_expires_at
-            ELSE statement_timestamp() + state_ttl * interval '1 second'
+            ELSE {state_until}
         END AS new_state_expires_at,
         CASE
-            WHEN new_data = '{{}}' THEN CASE WHEN new_state IS NULL THEN statement_timestamp() END
+            WHEN new_data = '{{}}' THEN CASE WHEN new_state IS NULL THEN {now} END
             WHEN NOT touches_data THEN data_expires_at
             WHEN keeps_data_expiry AND live_data <> '{{}}' THEN data_expires_at
-            ELSE statement_timestamp() + data_ttl * interval '1 second'
+            ELSE {data_until}
         END AS new_data_expires_at
     FROM changed
 ), updated AS (
@@ -115,7 +128,7 @@ WITH input AS (
     INSERT INTO fsm_storage_record (alias, {key_columns}, state, data, state_expires_at, data_expires_at,
         version, created_at, updated_at)
     SELECT %(alias)s, {key_columns}, new_state, new_data, new_state_expires_at, new_data_expires_at,
-        {first_version}, {inserted_at}, {inserted_at}
+        {first_version}, {now}, {now}
     FROM new WHERE id IS NULL AND NOT is_nothing AND NOT is_stale{not_skipped}
     ORDER BY key
     ON CONFLICT DO NOTHING
@@ -127,6 +140,36 @@ SELECT n.key, n.version, d.version, n.is_lost, n.is_stale, n.is_corrupt, n.is_no
     CASE WHEN n.over IS NOT NULL THEN n.new_data::text END{told}
 FROM new n LEFT JOIN done d ON d.key = n.key{old_too}
 """
+_LIVE = """,
+        CASE WHEN state_expires_at <= statement_timestamp() THEN NULL ELSE state END AS live_state,
+        CASE WHEN data_expires_at <= statement_timestamp() THEN '{}' ELSE data END AS live_data"""
+# What differs for writes that are made now, and for those that were made elsewhere.
+_NOW = {
+    "live": _LIVE,
+    "live_state": "o.live_state",
+    "live_data": "o.live_data",
+    "now": "statement_timestamp()",
+    "at": "statement_timestamp()",
+    "state_until": "statement_timestamp() + state_ttl * interval '1 second'",
+    "data_until": "statement_timestamp() + data_ttl * interval '1 second'",
+    "untraced": "",
+    "stale": "coalesce(i.if_version <> coalesce(o.version, 0), false)",
+    "next_version": "r.version + 1",
+    "first_version": "(extract(epoch FROM statement_timestamp()) * 1000000)::bigint",
+}
+_THEN = {
+    "live": "",
+    "live_state": "CASE WHEN o.state_expires_at <= to_timestamp(i.seen_at) THEN NULL ELSE o.state END",
+    "live_data": "CASE WHEN o.data_expires_at <= to_timestamp(i.at) THEN '{}' ELSE o.data END",
+    "now": "to_timestamp(at)",
+    "at": "to_timestamp(n.at)",
+    "state_until": "to_timestamp(state_until)",
+    "data_until": "to_timestamp(data_until)",
+    "untraced": " AND NOT leaves_trace",
+    "stale": "coalesce(i.as_version <= o.version, false)",
+    "next_version": "n.as_version",
+    "first_version": "as_version",
+}
 # What was there before, for those who listen to the signals.
 _DATA_EXPIRED = (
     "n.touches_data AND coalesce(o.data_expires_at <= statement_timestamp() AND o.data <> '{}', false)"
@@ -152,6 +195,27 @@ _HISTORY = """, history AS (
         WHERE (n.touches_state AND n.live_state IS DISTINCT FROM n.new_state){or_data}
     ) t
     ORDER BY n.key, t.place
+)"""
+# The states that writes went through elsewhere, but for those that the record has seen.
+_STEPS = f""", history AS (
+    INSERT INTO fsm_storage_transition (alias, key, bot_id, chat_id, user_id, from_state, to_state, at, source, actor)
+    SELECT %(alias)s, key, bot_id, chat_id, user_id, from_state, to_state, at, source, actor
+    FROM (
+        SELECT n.key, n.bot_id, n.chat_id, n.user_id, 0 AS place, n.raw_state AS from_state, NULL AS to_state,
+            n.state_expires_at AS at, 'expiry' AS source, '' AS actor
+        FROM new n JOIN done d ON d.key = n.key
+        WHERE n.touches_state AND n.raw_state IS NOT NULL AND n.live_state IS NULL
+        UNION ALL
+        SELECT n.key, n.bot_id, n.chat_id, n.user_id, s.place,
+            lag(s.state, 1, n.live_state) OVER (PARTITION BY s.key ORDER BY s.place), s.state,
+            to_timestamp(s.at), s.source, s.actor
+        FROM unnest({", ".join(f"%({name})s::{type_}[]" for name, type_ in STEPS.items())})
+            WITH ORDINALITY AS s(key, state, version, at, source, actor, place)
+        JOIN new n ON n.key = s.key JOIN done d ON d.key = n.key
+        WHERE s.version > coalesce(n.version, 0)
+    ) t
+    WHERE from_state IS DISTINCT FROM to_state
+    ORDER BY key, place
 )"""
 _NOTE_DATA_EXPIRED = f"""UNION ALL
         SELECT 1, n.live_state, n.live_state, n.data_expires_at, 'expiry', '', o.data, '{{}}' WHERE {_DATA_EXPIRED}
@@ -179,55 +243,50 @@ _NOT_SKIPPED = """
         AND NOT EXISTS (SELECT FROM fsm_storage_record e WHERE e.alias = %(alias)s AND e.key = new.key)"""
 
 
-_OTHER_VERSION = "coalesce(i.if_version <> coalesce(o.version, 0), false)"
-_OLDER = "coalesce(i.as_version <= o.version, false)"
-
-
 @cache
-def write(history: str, *, wait: bool, tells: bool, alike: bool, fenced: bool, as_of: bool) -> str:
+def write(
+    history: str, *, wait: bool, tells: bool, alike: bool, fenced: bool, as_of: bool, steps: bool = False
+) -> str:
     """Return the statement for a batch.
 
     `wait`: for locked rows. `tells`: what was there before. `alike`: the columns of `COMMON` are single values.
-    `fenced`, `as_of`: some write has a fence; all were made elsewhere.
+    `fenced`, `as_of`, `steps`: some write has a fence; all were made elsewhere; some went through states.
     """
     columns = VARYING if alike else VARYING | COMMON
     columns = columns | (FENCE if fenced else {}) | (AS_OF if as_of else {})
-    at = "statement_timestamp() - n.age * interval '1 second'" if as_of else "statement_timestamp()"
+    when = _THEN if as_of else _NOW
     names = ", ".join(columns)
     arrays = ", ".join(f"%({name})s::{type_}[]" for name, type_ in columns.items())
     singles = "".join(f", %({name})s::{type_} AS {name}" for name, type_ in COMMON.items()) if alike else ""
     note = ""
-    if history == "states":
+    if history == "states" and as_of:
+        note = _STEPS if steps else ""
+    elif history == "states":
         null = "NULL::jsonb"
         note = _HISTORY.format(
-            unchanged=null, before=null, after=null, or_data="", data_expired="", old_too="", at=at
+            unchanged=null, before=null, after=null, or_data="", data_expired="", old_too="", at=when["at"]
         )
     elif history == "full":
         or_data = f" OR (n.touches_data AND {_BEFORE} <> n.new_data)"
         note = _HISTORY.format(
             unchanged=_BEFORE, before=_BEFORE, after=_AFTER, or_data=or_data,
-            data_expired=_NOTE_DATA_EXPIRED, old_too=_OLD_TOO, at=at,
+            data_expired=_NOTE_DATA_EXPIRED.replace("statement_timestamp()", when["at"]), old_too=_OLD_TOO,
+            at=when["at"],
         )  # fmt: skip
     return _WRITE.format(
+        **when,
         names=names,
         arrays=arrays,
         singles=singles,
         key_columns=_KEY_COLUMNS,
-        readable=_READABLE.format(data="o.live_data"),
-        at=at,
-        inserted_at=at.replace("n.age", "age"),
-        stale=_OLDER if as_of else _OTHER_VERSION,
-        next_version="n.as_version" if as_of else "r.version + 1",
-        first_version="as_version"
-        if as_of
-        else "(extract(epoch FROM statement_timestamp()) * 1000000)::bigint",
+        readable=_READABLE.format(data=when["live_data"]),
         skip="" if wait else "SKIP LOCKED",
         limit="" if wait else f"{_LOCK_LIMIT}, ",
         not_skipped="" if wait else _NOT_SKIPPED,
         history=note,
         fence=_FENCE if fenced else "",
         is_lost=_IS_LOST if fenced else "false",
-        told=_TOLD if tells else "",
+        told=_TOLD.replace("statement_timestamp()", when["at"]) if tells else "",
         old_too=_OLD_TOO if tells else "",
     )
 
@@ -295,7 +354,8 @@ SELECT version FROM done
 _EXPIRED = """
     SELECT id, key, bot_id, chat_id, user_id, thread_id, business_connection_id, destiny, version, state, data,
         {part}_expires_at FROM fsm_storage_record
-    WHERE {part}_expires_at <= statement_timestamp() AND alias = %(alias)s {unless}
+    WHERE {part}_expires_at <= coalesce(to_timestamp(%(until)s::float8), statement_timestamp())
+        AND alias = %(alias)s AND version < %(below)s {unless}
     ORDER BY {part}_expires_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED
 """
 # NULL stands for every state.

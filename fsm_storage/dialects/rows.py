@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 from aiogram.fsm.storage.base import StorageKey
 
 from fsm_storage.codec import is_json
-from fsm_storage.dialects import Change, Lapse, Lapsed, Scope, Write, WriteReply, Written
+from fsm_storage.dialects import LAST_VERSION, AsOf, Change, Lapse, Lapsed, Scope, Write, WriteReply, Written
 from fsm_storage.exceptions import CorruptData, InvalidData, VersionConflict
 from fsm_storage.patches import EMPTY, KEEP, Content, Seconds, apply, is_past
 
@@ -42,9 +42,13 @@ class Clock:
             return None
         text = self._texts.get(instant)
         if text is None:
-            text = datetime.fromtimestamp(instant, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
+            text = instant_text(instant)
             self._texts[instant] = text
         return text
+
+
+def instant_text(instant: Seconds) -> str:
+    return datetime.fromtimestamp(instant, UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
 
 
 def seconds(text: str) -> Seconds:
@@ -90,20 +94,23 @@ class Work:
             new = apply(
                 write.patch,
                 old,
-                self.clock.now,
+                self._now(write),
                 fold=fold,
                 state_ttl=write.state_ttl,
                 data_ttl=write.data_ttl,
             )
         except CorruptData as error:
             return error
-        if row.id is None and new.state is None and new.data == EMPTY:
+        leaves_trace = write.as_of is not None and write.as_of.leaves_trace
+        if row.id is None and new.state is None and new.data == EMPTY and not leaves_trace:
             return Written(None, merged=merged)
         flaw = self.flaw(old, new)
         if flaw is not None:
             return InvalidData("", flaw, write.key)
         version = self._save(write, row, new)
-        if self.scope.history != "off":
+        if self.scope.history == "states" and write.as_of is not None:
+            self._note_steps(write, write.as_of, old, row.version or 0)
+        elif self.scope.history != "off":
             self._note(write, old, new)
         change = self._change(write, old, new) if self.scope.tells else None
         return Written(version, merged=merged, change=change)
@@ -128,13 +135,29 @@ class Work:
             self.updates.append((new.state, *expiries, version, at, new.data, row.id))
         return version
 
-    def _at(self, write: Write) -> str | None:
+    def _now(self, write: Write) -> Seconds:
         """Return when the write was made."""
-        return self.clock.text if write.as_of is None else self.clock.write(self.clock.now - write.as_of.age)
+        return self.clock.now if write.as_of is None else write.as_of.at
+
+    def _at(self, write: Write) -> str | None:
+        return self.clock.write(self._now(write))
+
+    def _note_steps(self, write: Write, as_of: AsOf, old: Content, version: int) -> None:
+        """Note the states that the write went through, after the expiry of the one that it met."""
+        steps = [step for step in as_of.steps if step.version > version]
+        if self._finds_state_expired(write, old):
+            at = self.clock.write(old.state_expires_at)
+            self._add_transition(write, old.state, None, at, ("expiry", ""), None, None)
+        before = old.live_state(as_of.seen_at)
+        for step in steps:
+            if step.state != before:
+                at = self.clock.write(step.at)
+                self._add_transition(write, before, step.state, at, step.cause, None, None)
+                before = step.state
 
     def _note(self, write: Write, old: Content, new: Content) -> None:
         """Note the transitions: of an expiry that nobody swept before it was overwritten, then the change."""
-        now, full = self.clock.now, self.scope.history == "full"
+        now, full = self._now(write), self.scope.history == "full"
         before, after = old.live_state(now), new.live_state(now)
         data_before, data_after = old.live_data(now), new.live_data(now)
         if self._finds_state_expired(write, old):
@@ -150,14 +173,15 @@ class Work:
 
     def _finds_state_expired(self, write: Write, old: Content) -> bool:
         touches_state = write.patch.state is not KEEP or write.state_ttl.renew
-        return touches_state and old.state is not None and old.live_state(self.clock.now) is None
+        now = self.clock.now if write.as_of is None else write.as_of.seen_at
+        return touches_state and old.state is not None and old.live_state(now) is None
 
     def _finds_data_expired(self, write: Write, old: Content) -> bool:
         touches_data = write.patch.touches_data or write.data_ttl.renew
-        return touches_data and old.data != EMPTY and is_past(old.data_expires_at, self.clock.now)
+        return touches_data and old.data != EMPTY and is_past(old.data_expires_at, self._now(write))
 
     def _change(self, write: Write, old: Content, new: Content) -> Change:
-        now, lapses = self.clock.now, []
+        now, lapses = self._now(write), []
         if self._finds_state_expired(write, old):
             lapses.append(Lapse("state", old.state, _instant(old.state_expires_at)))
         if self._finds_data_expired(write, old):
@@ -219,6 +243,13 @@ class Expired(NamedTuple):
             scope.alias, self.key, self.bot_id, self.chat_id, self.user_id, self.state, to_state, self.at,
             "expiry", "", before, after,
         )  # fmt: skip
+
+
+def due_until(scope: Scope, as_of: AsOf | None) -> tuple[str | None, str, int]:
+    """Return what the statements that look for expired rows want: until when, whose, and below which version."""
+    if as_of is None:
+        return None, scope.alias, LAST_VERSION
+    return instant_text(as_of.at), scope.alias, as_of.version
 
 
 def lapsed_of(states: Sequence[Expired], data: Sequence[Expired], deleted: Collection[int]) -> list[Lapsed]:

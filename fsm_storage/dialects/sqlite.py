@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from fsm_storage.dialects import (
     NOTHING_SPARED,
     TOGETHER,
+    AsOf,
     Plan,
     Read,
     ReadReply,
@@ -23,7 +24,7 @@ from fsm_storage.dialects import (
 )
 from fsm_storage.dialects import sqlite_leases as leases
 from fsm_storage.dialects import sqlite_peers as peers
-from fsm_storage.dialects.rows import Expired, Row, Work, lapsed_of
+from fsm_storage.dialects.rows import Expired, Row, Work, due_until, lapsed_of
 from fsm_storage.exceptions import LeaseLost
 from fsm_storage.patches import EMPTY
 
@@ -107,7 +108,7 @@ def _room_for(count: int) -> int:
 _EXPIRED = """
 SELECT id, key, bot_id, chat_id, user_id, thread_id, business_connection_id, destiny, version, state, data,
     {part}_expires_at || '' FROM fsm_storage_record
-WHERE {part}_expires_at <= {now} AND alias = ? {unless} ORDER BY {part}_expires_at LIMIT ?
+WHERE {part}_expires_at <= coalesce(?, {now}) AND alias = ? AND version < ? {unless} ORDER BY {part}_expires_at LIMIT ?
 """
 # Its parameters: whether every state is spared, and a list of those that are.
 _IS_SPARED = "(? OR coalesce(state IN (SELECT value FROM json_each(?)), 0))"
@@ -179,15 +180,18 @@ class SQLite:
         yield from _statements(work)
         return replies
 
-    def sweep(self, scope: Scope, limit: int, spared: Spared = NOTHING_SPARED) -> Plan[Sweep]:
+    def sweep(
+        self, scope: Scope, limit: int, spared: Spared = NOTHING_SPARED, as_of: AsOf | None = None
+    ) -> Plan[Sweep]:
+        place = due_until(scope, as_of)
         is_spared = spared.states is None, _json(spared.states or ())
-        rows = yield Statement(_EXPIRED_STATES, (scope.alias, *is_spared, limit))
+        rows = yield Statement(_EXPIRED_STATES, (*place, *is_spared, limit))
         states = [Expired(*row) for row in rows]
         if states:
             if scope.history != "off":
                 yield from _rows("transition", [row.transition("state", scope) for row in states])
             yield Statement(_CLEAR_STATES, (_ids(states),))
-        rows = yield Statement(_EXPIRED_DATA, (scope.alias, spared.data, *is_spared, limit))
+        rows = yield Statement(_EXPIRED_DATA, (*place, spared.data, *is_spared, limit))
         data = [Expired(*row) for row in rows]
         lost = [row for row in data if row.data != EMPTY]
         if scope.history == "full" and lost:

@@ -18,7 +18,8 @@ from fsm_storage.backends.wire import Wire, wire_for
 from fsm_storage.exceptions import FSMStorageError
 from fsm_storage.keys import record_key
 from fsm_storage.mirror.announcing import announce
-from fsm_storage.mirror.worker import BATCH, GROUP, PatientWire
+from fsm_storage.mirror.stream import BATCH, GROUP
+from fsm_storage.mirror.worker import PatientWire
 from fsm_storage.models import FSMRecord
 from fsm_storage.outbox import DATA, STATE, aside_name, missed_name, stream_name, written_at_ms
 from fsm_storage.sources.layout import KeyLayout

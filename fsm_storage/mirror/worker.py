@@ -14,36 +14,36 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from django.db.models import Max
 from redis.exceptions import RedisError, ResponseError
 
-from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.backends.redis import RedisStorage
 from fsm_storage.backends.wire import Wire, wire_for
 from fsm_storage.backends.writing import Command
-from fsm_storage.dialects import Fence
+from fsm_storage.dialects import AsOf, Fence
 from fsm_storage.exceptions import FSMStorageError, LeaseLost, StorageClosed
 from fsm_storage.leases import Lease, LeaseKeeper
 from fsm_storage.mirror.announcing import announce_missed
-from fsm_storage.mirror.applying import Applier, Entry
-from fsm_storage.models import FSMRecord
-from fsm_storage.outbox import aside_name, id_of, missed_name, stream_name
+from fsm_storage.mirror.applying import Applier, Clock, Entry
+from fsm_storage.mirror.stream import BATCH, BLOCK_MS, Found, Stream, checked
+from fsm_storage.mirror.table import MirrorTable
+from fsm_storage.models import FSMLease, FSMRecord, UtcNow
+from fsm_storage.outbox import missed_name, stream_name, version_of
 
 T = TypeVar("T")
 logger = logging.getLogger("fsm_storage")
 
-GROUP = "mirror"
-BATCH = 500
 LEASE_KEY = "outbox"
 LEASE_SECONDS = 10.0
 STAND_BY_SECONDS = 3.0
-BLOCK_MS = 250
 SWEEP_EVERY = 60.0
+MEASURE_EVERY = 10.0
 MISSED_EVERY = 1.0
 RETRY_SECONDS = 1.0
 COMPLAIN_EVERY = 60.0
@@ -86,17 +86,17 @@ class Mirror:
         self.storage = storage
         self.progress = Progress()
         self.is_active = False
-        self._table = table_of(storage)
+        self._table = MirrorTable(storage)
         self._applier = Applier(self._table, storage.history)
         self._keeper = LeaseKeeper(self._table, LEASE_SECONDS)
-        self._stream, self._aside = stream_name(storage.alias), aside_name(storage.alias)
         self._consumer = f"{socket.gethostname()[:30]}:{os.getpid()}:{random.getrandbits(32):08x}"
         self._batch = BATCH
         self._stopping = asyncio.Event()
         self._last_at = math.inf
         # One thread for all that is asked of the database: it has one connection.
         self._thread = ThreadPoolExecutor(1, f"fsm_storage {storage.alias} mirror")
-        self._sweep_at = self._missed_at = self._complain_at = 0.0
+        self._sweep_at = self._missed_at = self._measure_at = self._complain_at = 0.0
+        self._ahead: float | None = None
         self._complaint = ""
 
     def stop(self) -> None:
@@ -156,117 +156,101 @@ class Mirror:
         return True
 
     async def _apply_all(self, wire: Wire, lease: Lease, *, until_empty: bool) -> None:
-        await self._make_group(wire)
-        await self._take_over(wire)
+        stream = Stream(wire, self.storage.alias, self._consumer)
+        await self._make_group(stream)
+        await stream.take_over()
         start = "0"  # what this consumer was given and has not acknowledged
         while not lease.is_over() and time.monotonic() < self._last_at:
+            ahead = await self._measured(wire)
             ends = until_empty or self._stopping.is_set()
-            entries = await self._read(wire, start, block=start == ">" and not ends)
-            if entries:
-                await self._carry_out(wire, lease, entries)
+            found = await self._read(stream, start, waits=start == ">" and not ends)
+            if found.entries:
+                await self._carry_out(stream, lease, found.entries, Clock(found.now_ms, ahead))
             elif start == "0":
                 start = ">"
+                continue
             elif ends and not await self._announce_missed(wire):
                 return
-            await self._look_after(wire, is_idle=not entries and start == ">")
+            until = found.all_until
+            await self._look_after(wire, None if until is None else Clock(until, ahead))
 
-    async def _take_over(self, wire: Wire) -> None:
-        """Make everything ours that a dead mirror was given. Whoever has the lease may do so at once."""
-        cursor: Any = "0-0"
-        while True:
-            (reply,) = await wire.ask(
-                [("XAUTOCLAIM", self._stream, GROUP, self._consumer, 0, cursor, "COUNT", BATCH, "JUSTID")]
-            )
-            cursor = _checked(reply)[0]
-            if cursor in (b"0-0", "0-0"):
-                return
-
-    async def _read(self, wire: Wire, start: str, *, block: bool) -> list[Entry]:
-        wait = ("BLOCK", BLOCK_MS) if block else ()
-        command = (
-            "XREADGROUP",
-            "GROUP",
-            GROUP,
-            self._consumer,
-            "COUNT",
-            self._batch,
-            *wait,
-            "STREAMS",
-            self._stream,
-            start,
-        )
-        (reply,) = await wire.ask([command])
+    async def _read(self, stream: Stream, start: str, *, waits: bool) -> Found:
         try:
-            return _entries(_checked(reply))
+            found = await stream.read(start, self._batch)
+            return await stream.wait(found) if waits and not found.entries else found
         except ResponseError as error:
             if "NOGROUP" not in str(error):
                 raise
-            await self._make_group(wire)  # Redis was wiped
-            return []
+            await self._make_group(stream)  # Redis was wiped
+            return Found(0)
 
-    async def _make_group(self, wire: Wire) -> None:
-        """Make the stream and its group. A new stream goes on behind what the database has.
-
-        Or a Redis that was wiped, and whose clock is behind, would give out versions that look old.
-        """
-        (reply,) = await wire.ask([("XGROUP", "CREATE", self._stream, GROUP, "0", "MKSTREAM")])
-        if isinstance(reply, ResponseError) and "BUSYGROUP" in str(reply):
-            return
-        _checked(reply)
-        newest = await self._in_thread(newest_version, self.storage)
-        # Refused where the stream is further already. What came in before the group was made has older ids.
-        await wire.ask([("XSETID", self._stream, id_of(newest))])
+    async def _make_group(self, stream: Stream) -> None:
+        if await stream.make_group():
+            await stream.go_on_behind(await self._in_thread(newest_version, self.storage))
 
     async def _is_empty(self, wire: Wire) -> bool:
-        length, missed = await wire.ask([("XLEN", self._stream), ("SCARD", missed_name(self.storage.alias))])
-        return not _checked(length) and not _checked(missed)
+        alias = self.storage.alias
+        length, missed = await wire.ask([("XLEN", stream_name(alias)), ("SCARD", missed_name(alias))])
+        return not checked(length) and not checked(missed)
 
-    async def _carry_out(self, wire: Wire, lease: Lease, entries: Sequence[Entry]) -> None:
+    async def _carry_out(self, stream: Stream, lease: Lease, entries: Sequence[Entry], clock: Clock) -> None:
         """Apply entries, then tell Redis: whoever dies in between has them applied again, to no effect."""
-        (clock,) = await wire.ask([("TIME",)])
-        clock = _checked(clock)
-        now_ms = int(clock[0]) * 1000 + int(clock[1]) // 1000
         fence = Fence(lease.key, lease.token)
         try:
-            applied = await self._in_thread(self._applier.apply, entries, now_ms, fence)
+            applied = await self._in_thread(self._applier.apply, entries, clock, fence)
         except FSMStorageError:
-            self._batch = max(1, self._batch // 2)  # too much at once, perhaps
+            self._batch = max(1, len(entries) // 2)  # too much at once, perhaps
             raise
         self._batch = min(BATCH, self._batch * 2)
-        ids = [entry.id for entry in entries]
-        commands: list[tuple[Any, ...]] = []
         for entry, reason in applied.poison:
             logger.error(
                 "entry %s of the outbox of %r is put aside: %s", entry.id, self.storage.alias, reason
             )
-            pairs = [item for pair in entry.fields.items() for item in pair]
-            commands.append(
-                ("XADD", self._aside, "MAXLEN", "~", 10_000, "*", "id", entry.id, "reason", reason, *pairs)
-            )
-        for reply in await wire.ask(commands) if commands else ():  # before they leave the outbox
-            _checked(reply)
-        for reply in await wire.ask([("XACK", self._stream, GROUP, *ids), ("XDEL", self._stream, *ids)]):
-            _checked(reply)
+        if applied.poison:  # before they leave the outbox
+            await stream.put_aside(applied.poison)
+        await stream.acknowledge([entry.id for entry in entries])
         done = self.progress
         self.progress = Progress(
             done.entries + len(entries),
             done.writes + applied.writes,
             done.poison + len(applied.poison),
-            ids[-1],
+            entries[-1].id,
         )
 
-    async def _look_after(self, wire: Wire, *, is_idle: bool) -> None:
+    async def _measured(self, wire: Wire) -> float:
+        """Return by how many seconds the database's clock is ahead of Redis's.
+
+        Measured now and then, and only corrected by a measure that rules the last one out: two writes
+        shall not be further apart, or nearer, than they were because one of two measures took longer.
+        """
+        now = time.monotonic()
+        if self._ahead is not None and now < self._measure_at:
+            return self._ahead
+        self._measure_at = now + MEASURE_EVERY
+        before = await _redis_time(wire)
+        there = await self._in_thread(database_time, self.storage)
+        after = await _redis_time(wire)
+        measured, doubt = there - (before + after) / 2, (after - before) / 2
+        if self._ahead is None or abs(measured - self._ahead) > doubt:
+            self._ahead = measured
+        return self._ahead
+
+    async def _look_after(self, wire: Wire, clock: Clock | None) -> None:
         """Now and then: announce what was missed while the outbox was full, and clear what has expired.
 
-        That only when all is applied: what looks expired may have been renewed since, and a sweep counts
-        the version on, which must not meet that of an entry on its way.
+        That only up to an instant (`clock`) to which all has been applied: what looks expired may have been
+        renewed since. And only of records so old that their next version is not that of an entry to come.
         """
         now = time.monotonic()
         if now >= self._missed_at:
             self._missed_at = now + MISSED_EVERY
             await self._announce_missed(wire)
-        if is_idle and now >= self._sweep_at and not any(await self._in_thread(self._table.sweep)):
-            self._sweep_at = now + SWEEP_EVERY  # else there may be more
+        if clock is not None and now >= self._sweep_at:
+            last = version_of(self.progress.last_id) if self.progress.last_id else 0
+            below = max(last, version_of(f"{clock.now_ms}-0") - 1)
+            as_of = AsOf(below, clock.now_ms / 1000 + clock.ahead)
+            if not any(await self._in_thread(partial(self._table.sweep, as_of=as_of))):
+                self._sweep_at = now + SWEEP_EVERY  # else there may be more
 
     async def _announce_missed(self, wire: Wire) -> int:
         return await announce_missed(wire, self.storage)
@@ -310,11 +294,6 @@ class MirrorThread(threading.Thread):
                 self._loop.call_soon_threadsafe(self._mirror.stop)
 
 
-def table_of(storage: RedisStorage) -> DjangoStorage:
-    """Return the storage through which the mirror of `storage` writes to the database."""
-    return DjangoStorage(storage.alias, database=storage.database, history=storage.history)
-
-
 def newest_version(storage: RedisStorage) -> int:
     """Return the largest version of the mirrored records, 0 where there are none."""
     records = FSMRecord.objects.using(storage.database).filter(alias=storage.alias)
@@ -322,26 +301,15 @@ def newest_version(storage: RedisStorage) -> int:
     return newest or 0
 
 
-def _entries(reply: Any) -> list[Entry]:
-    """Return the entries in the answer to XREADGROUP, in RESP2's form or RESP3's."""
-    if not reply:
-        return []
-    streams = list(reply.values()) if isinstance(reply, Mapping) else [found for _, found in reply]
-    found = streams[0]
-    if found and isinstance(found[0], list) and found[0] and isinstance(found[0][0], list):
-        found = found[0]
-    # An entry that was deleted meanwhile has no fields.
-    return [Entry(entry_id.decode(), _pairs(fields)) for entry_id, fields in found]
+def database_time(storage: RedisStorage) -> float:
+    """Return the time of the database with the mirror, which holds its lease."""
+    leases = FSMLease.objects.using(storage.database).filter(alias=storage.alias, key=LEASE_KEY)
+    for now in leases.values_list(UtcNow(), flat=True):
+        return float(now.timestamp())
+    raise LeaseLost(LEASE_KEY)
 
 
-def _pairs(fields: Any) -> Mapping[bytes, bytes]:
-    if isinstance(fields, Mapping):
-        return fields
-    flat = fields or []
-    return dict(zip(flat[::2], flat[1::2], strict=True))
-
-
-def _checked(reply: Any) -> Any:
-    if isinstance(reply, Exception):
-        raise reply
-    return reply
+async def _redis_time(wire: Wire) -> float:
+    (reply,) = await wire.ask([("TIME",)])
+    seconds, micros = checked(reply)
+    return int(seconds) + int(micros) / 1_000_000

@@ -9,13 +9,19 @@ from typing import Any
 
 import pytest
 import redis
+from aiogram.fsm.storage.base import DefaultKeyBuilder
 from django.conf import settings
 
 from fsm_storage import RedisStorage
+from fsm_storage.conf import storages
+from tests.conftest import POSTGRES, SQLITE
 from tests.redis.proxy import Proxy
 from tests.servers import RedisServer
 
 Make = Callable[..., RedisStorage]
+Mirrored = Callable[..., RedisStorage]
+BUILDER = DefaultKeyBuilder(with_bot_id=True, with_business_connection_id=True, with_destiny=True)
+ALIAS = "mirrored"
 
 
 @pytest.fixture
@@ -56,3 +62,27 @@ async def proxy(redis_server: RedisServer, redis_url: str) -> AsyncIterator[Prox
     """A TCP proxy in front of the common Redis, which cuts and stalls lines when told to."""
     async with Proxy(redis_server.port) as proxy:
         yield proxy
+
+
+@pytest.fixture(params=[SQLITE, POSTGRES])
+def database(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let FSM_STORAGES have the alias; the storage itself is put in by the test."""
+    monkeypatch.setitem(storages.settings, ALIAS, {"BACKEND": "fsm_storage.RedisStorage"})
+
+
+@pytest.fixture
+def mirrored(make: Make, configured: None, database: str, raw: redis.Redis) -> Mirrored:
+    """Make storages that are mirrored into `database`, of one alias; the last is the configured one."""
+    raw.flushall()
+
+    def make_one(**options: Any) -> RedisStorage:
+        storage = make(**{"alias": ALIAS, "database": database, "key_builder": BUILDER, **options})
+        storages[ALIAS] = storage
+        return storage
+
+    return make_one

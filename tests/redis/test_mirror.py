@@ -6,86 +6,28 @@ import asyncio
 import io
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import redis
-from aiogram.fsm.storage.base import DefaultKeyBuilder, StorageKey
+from aiogram.fsm.storage.base import StorageKey
 from django.core.management import CommandError, call_command
 from django.db import transaction
 
-from fsm_storage import RedisStorage
 from fsm_storage.conf import storages
 from fsm_storage.dialects import Fence, Naming
 from fsm_storage.exceptions import LeaseLost, RedisConflict, RedisUnavailable
 from fsm_storage.mirror import repairing
-from fsm_storage.mirror.applying import Applier, Entry
-from fsm_storage.mirror.worker import GROUP, Mirror, table_of
+from fsm_storage.mirror.applying import Applier, Clock, Entry
+from fsm_storage.mirror.stream import GROUP
+from fsm_storage.mirror.table import MirrorTable
 from fsm_storage.models import FSMPeer, FSMRecord, FSMTransition
 from fsm_storage.outbox import Record, aside_name, encode, missed_name, stream_name, version_of
-from tests.conftest import POSTGRES, SQLITE
-from tests.redis.conftest import Make
+from tests.redis.conftest import ALIAS, BUILDER, Make, Mirrored
+from tests.redis.mirroring import becomes, mirror_all, mirroring, other
 from tests.rows import in_thread, let_time_pass, record, records, transitions
 from tests.servers import RedisServer
-
-BUILDER = DefaultKeyBuilder(with_bot_id=True, with_business_connection_id=True, with_destiny=True)
-ALIAS = "mirrored"
-Mirrored = Callable[..., RedisStorage]
-
-
-@pytest.fixture(params=[SQLITE, POSTGRES])
-def database(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def configured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let FSM_STORAGES have the alias; the storage itself is put in by the test."""
-    monkeypatch.setitem(storages.settings, ALIAS, {"BACKEND": "fsm_storage.RedisStorage"})
-
-
-@pytest.fixture
-def mirrored(make: Make, configured: None, database: str, raw: redis.Redis) -> Mirrored:
-    """Make storages that are mirrored into `database`, of one alias; the last is the configured one."""
-    raw.flushall()
-
-    def make_one(**options: Any) -> RedisStorage:
-        storage = make(**{"alias": ALIAS, "database": database, "key_builder": BUILDER, **options})
-        storages[ALIAS] = storage
-        return storage
-
-    return make_one
-
-
-async def mirror_all(storage: RedisStorage) -> Mirror:
-    mirror = Mirror(storage)
-    async with asyncio.timeout(60):
-        await mirror.run(until_empty=True)
-    return mirror
-
-
-@asynccontextmanager
-async def mirroring(storage: RedisStorage) -> AsyncIterator[Mirror]:
-    mirror = Mirror(storage)
-    task = asyncio.create_task(mirror.run())
-    try:
-        yield mirror
-    finally:
-        mirror.stop()
-        await task
-
-
-async def becomes(condition: Callable[[], Awaitable[bool]], seconds: float = 30.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not await condition():
-            await asyncio.sleep(0.02)
-
-
-def other(chat: int, **parts: Any) -> StorageKey:
-    return StorageKey(bot_id=42, chat_id=chat, user_id=chat, **parts)
 
 
 async def test_what_was_written_is_in_the_database(
@@ -167,10 +109,9 @@ async def test_an_entry_that_comes_again_does_nothing(mirrored: Mirrored, databa
         )
 
     entries = [entry(1, "state", "a"), entry(2, "data", '{"n": 2}'), entry(3, "state", "b")]
-    applier = Applier(table_of(storage), "states")
-    now_ms = 1700000001000
-    for some in (entries, entries, entries[:2], entries[1:]):
-        await in_thread(applier.apply, some, now_ms)
+    applier = Applier(MirrorTable(storage), "states")
+    for some in (entries[:1], entries, entries, entries[:2], entries[1:]):
+        await in_thread(applier.apply, some, Clock(1700000001000))
     row = await in_thread(record, database, alias=ALIAS)
     assert (row.state, row.data, row.version) == ("b", {"n": 2}, version_of("1700000000000-3"))
     steps = await in_thread(transitions, database, alias=ALIAS)
@@ -461,9 +402,9 @@ async def test_a_wiped_redis_whose_clock_is_behind_gives_out_no_old_versions(
 async def test_a_mirror_that_was_overtaken_writes_nothing_more(mirrored: Mirrored, database: str) -> None:
     pairs = encode([Record(other(1), "state", "a")])
     entry = Entry("1700000000000-0", {pairs[0].encode(): pairs[1].encode()})
-    applier = Applier(table_of(mirrored()), "states")
+    applier = Applier(MirrorTable(mirrored()), "states")
     with pytest.raises(LeaseLost):
-        await in_thread(applier.apply, [entry], 1700000001000, Fence("outbox", 7))
+        await in_thread(applier.apply, [entry], Clock(1700000001000), Fence("outbox", 7))
     assert await in_thread(records, database) == []
 
 
