@@ -167,6 +167,10 @@ class TestColumnsOnMariaDB:
             missing += [index.name for index in model._meta.indexes if index.name not in found]
         assert missing == []
 
+    def test_the_checks_name_no_index_that_is_there(self, database: str) -> None:
+        """Django 6.1 would with each `check`, others with `check --database` and `migrate`."""
+        assert FSMRecord.check(databases=[database]) == []
+
     def test_the_checks_ask_the_server(self, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert check_servers(databases=[database]) == []
         server = connections[database]
