@@ -81,7 +81,7 @@ class LeaseKeeper:
         self._lock = threading.Lock()
         self._held: dict[str, Lease] = {}
         self._renewer: _Renewer | None = None
-        self._on_the_way: set[asyncio.Future[Any]] = set()
+        self._on_the_way: dict[asyncio.AbstractEventLoop, set[asyncio.Future[Any]]] = {}
 
     @property
     def count(self) -> int:
@@ -148,8 +148,7 @@ class LeaseKeeper:
             self.lose(lease)
         claims = [Claim(lease.key, self.owner, 0.0, lease.token) for lease in leases]
         try:
-            loop = asyncio.get_running_loop()
-            if here := [reply for reply in list(self._on_the_way) if reply.get_loop() is loop]:
+            if here := self._on_the_way.get(asyncio.get_running_loop()):
                 await asyncio.wait(here)
             await self._table.finish(claims)
         except FSMStorageError as error:
@@ -161,11 +160,21 @@ class LeaseKeeper:
             reply = asyncio.ensure_future(self._table.submit(claim))
         except FSMStorageError:  # the storage was closed first
             return
-        self._on_the_way.add(reply)
+        self._of_loop(reply.get_loop()).add(reply)
         reply.add_done_callback(self._arrived)
 
+    def _of_loop(self, loop: asyncio.AbstractEventLoop) -> set[asyncio.Future[Any]]:
+        """Return the claims that are on their way from `loop`."""
+        with self._lock:
+            if loop not in self._on_the_way:
+                # Short-lived loops (async_to_sync) leave behind what was not answered before they were closed.
+                for old in [old for old in self._on_the_way if old.is_closed()]:
+                    del self._on_the_way[old]
+                self._on_the_way[loop] = set()
+            return self._on_the_way[loop]
+
     def _arrived(self, reply: asyncio.Future[Any]) -> None:
-        self._on_the_way.discard(reply)
+        self._of_loop(reply.get_loop()).discard(reply)
         if not reply.cancelled() and (error := reply.exception()):
             logger.warning("a lease was not given back and will run out: %s", error)
 

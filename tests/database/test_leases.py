@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +20,7 @@ from fsm_storage.dialects import Claim
 from fsm_storage.exceptions import StorageClosed, StorageTimeout
 from fsm_storage.leases import LeaseKeeper
 from fsm_storage.models import FSMLease, UtcNow
-from tests.database.conftest import Statements
+from tests.database.conftest import Statements, wait_for
 from tests.rows import in_thread
 
 Keepers = Callable[..., LeaseKeeper]
@@ -292,6 +295,32 @@ async def test_an_unanswered_caller_leaves_no_lease_behind(
         await one.acquire("k")
     await eventually_free(database, "k")
     await one.close()
+
+
+def test_loops_that_were_closed_before_the_answer_leave_nothing_behind(
+    storage: DjangoStorage, statements: Statements, database: str
+) -> None:
+    """As those of `async_to_sync` are."""
+    keeper = LeaseKeeper(storage, 30)
+    loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+
+    async def leave(key: str, held: ExitStack) -> None:
+        loops.add(asyncio.get_running_loop())
+        lease = await keeper.acquire(key)
+        assert lease
+        held.enter_context(statements.held())
+        keeper.release(lease)
+
+    def only_the_last_is_known() -> bool:
+        gc.collect()
+        return len(loops) <= 1  # what it left goes with the next one
+
+    for n in range(5):
+        with ExitStack() as held:
+            asyncio.run(leave(f"k{n}", held))
+    wait_for(only_the_last_is_known)
+    asyncio.run(keeper.close())
+    assert rows(database) == {}
 
 
 @pytest.mark.parametrize("storage_first", [True, False])
