@@ -142,6 +142,7 @@ def test_the_work_goes_on_by_itself_with_scripts(open_page, make_record, monkeyp
     page.click("button[name=index]")
     page.click("button[name=run]")
     page.wait_for_selector("text=5 conversations were changed.")
+    assert not FSMRecord.objects.filter(state__isnull=False).exists()
 
 
 def test_the_work_goes_on_at_a_button_without(open_page, make_record, monkeypatch):
@@ -156,8 +157,10 @@ def test_the_work_goes_on_at_a_button_without(open_page, make_record, monkeypatc
     page.click("button[name=index]")
     page.click("button[name=run]")
     assert "2 of 3 are done." in page.locator("#content-main").inner_text()
+    assert FSMRecord.objects.filter(state__isnull=False).count() == 1
     page.click("text=Go on")
     assert "3 conversations were changed." in page.locator("#content-main").inner_text()
+    assert not FSMRecord.objects.filter(state__isnull=False).exists()
 
 
 def test_expiry_counts_down(open_page, make_record):

@@ -133,7 +133,11 @@ async def test_cancelled_callers_leave_nothing_open(storage: DjangoStorage, data
     assert cancelled >= 60
     for n in range(100):
         assert await storage.get_data(chat(n)) in ({}, {"a": 1, "b": 1}, {"a": 2, "b": 2})
-    assert await in_thread(open_transactions, database) == 0
+    for _ in range(200):  # a write of a cancelled caller may still be at work
+        if not (left_open := await in_thread(open_transactions, database)):
+            break
+        await asyncio.sleep(0.05)
+    assert left_open == 0
 
 
 def open_transactions(database: str) -> int:

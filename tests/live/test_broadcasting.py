@@ -101,12 +101,38 @@ def test_the_end_waits_for_what_was_not_sent(sender: Broadcaster, layer: Layer) 
     assert keys == ["a", "b"]
 
 
-def test_what_begins_anew_after_a_fork_sends_too(sender: Broadcaster, layer: Layer) -> None:
-    sender.hint("default", [("a", 1)])
-    until(lambda: layer.sent)
-    sender.start_anew()
-    sender.hint("default", [("b", 1)])
-    until(lambda: len(layer.sent) == 2)
+FORKS = """
+import os, threading, warnings
+import django; django.setup()
+from channels.layers import channel_layers
+from fsm_storage.live.broadcasting import broadcaster
+
+warnings.simplefilter("ignore", DeprecationWarning)  # of os.fork() in a process with threads
+sent, parent = threading.Event(), os.getpid()
+
+class Layer:
+    async def group_send(self, group, message):
+        print("parent" if os.getpid() == parent else "child", message["records"], flush=True)
+        sent.set()
+
+channel_layers.set("default", Layer())
+broadcaster.hint("default", [("a", 1)])
+assert sent.wait(30)
+if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0
+broadcaster.hint("default", [("b", 1)])
+broadcaster.finish(30)
+"""
+
+
+def test_the_child_of_a_fork_sends_too() -> None:
+    """It has its parent's notes of a thread that sends, but not the thread."""
+    said = run_python(FORKS).splitlines()
+    assert said == [
+        "parent [['default', 'a', 1]]",
+        "child [['default', 'b', 1]]",
+        "parent [['default', 'b', 1]]",
+    ]
 
 
 @pytest.mark.parametrize("layers", ["{}", "{'default': {'BACKEND': 'channels.layers.InMemoryChannelLayer'}}"])

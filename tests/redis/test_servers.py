@@ -115,10 +115,17 @@ async def test_a_client_that_decodes(redis_url: str, key: StorageKey) -> None:
     await storage.close()
 
 
-async def test_protocol_3_and_a_health_check(redis_url: str) -> None:
-    options = {"protocol": 3, "health_check_interval": 1, "socket_timeout": 5}
+async def test_protocol_3_and_a_health_check(redis_url: str, raw: redis.Redis) -> None:
+    def calls(command: str) -> int:
+        return raw.info("commandstats").get(f"cmdstat_{command}", {"calls": 0})["calls"]
+
+    options = {"protocol": 3, "health_check_interval": 1, "socket_timeout": 20}
     storage = RedisStorage.from_url(redis_url, options, mirror="apart")
+    greetings = calls("hello")
     await exercise(storage)
+    assert calls("hello") > greetings
+    checks = calls("ping")
     await asyncio.sleep(1.1)
     await exercise(storage)
+    assert calls("ping") > checks
     await storage.close()
