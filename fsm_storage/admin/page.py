@@ -12,7 +12,9 @@ from fsm_storage.admin.jsontext import pretty
 from fsm_storage.admin.log import noted, told_ttls
 from fsm_storage.admin.presentation import ago, badge, clock_of, expiry
 from fsm_storage.admin.timeline import Cursor, timeline
+from fsm_storage.conf import storages
 from fsm_storage.discovery import declared_states
+from fsm_storage.exceptions import FSMStorageError
 from fsm_storage.models import FSMLease, FSMRecord, UtcNow
 from fsm_storage.patches import KEEP
 from fsm_storage.peers import names_of
@@ -41,11 +43,22 @@ def facts(request: HttpRequest, record: FSMRecord) -> dict[str, Any]:
         "updated": ago(record.updated_at, now),
         "timeline": timeline(record, mask, before),
         "is_older": before.at is not None,
-        "is_leased": FSMLease.objects.filter(
-            alias=record.alias, key=record.key, expires_at__gt=UtcNow()
-        ).exists(),
+        "is_leased": _is_leased(record),
         "can_see_transitions": request.user.has_perm("fsm_storage.view_fsmtransition"),
     }
+
+
+def _is_leased(record: FSMRecord) -> bool:
+    """Say whether a handler is at work on it: under a lease in Django's table, or where its storage has them."""
+    leases = FSMLease.objects.using(record._state.db).filter(alias=record.alias, key=record.key)
+    if leases.filter(expires_at__gt=UtcNow()).exists():
+        return True
+    try:
+        storage = storages.editor(record.alias)
+    except FSMStorageError:  # the page says elsewhere that it is read only
+        return False
+    look = getattr(storage, "is_leased", None)
+    return look is not None and look(record.storage_key)
 
 
 def preview(record: FSMRecord, changes: Changes, told: str = "") -> dict[str, Any]:

@@ -28,8 +28,8 @@ from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.backends.fencing import HOLD
 from fsm_storage.backends.merging import Merge
 from fsm_storage.backends.options import checked_options, loaded
-from fsm_storage.backends.redis_editing import RedisEditor, Shown, Wish, wait_for_mirror
-from fsm_storage.backends.redis_leases import LOCK, Claims
+from fsm_storage.backends.redis_editing import Edited, RedisEditor, Shown, Wish, rewrites, wait_for_mirror
+from fsm_storage.backends.redis_leases import LOCK, Claims, is_held
 from fsm_storage.backends.redis_leases import carry_out as carry_out_claims
 from fsm_storage.backends.redis_options import check_redis_options, client
 from fsm_storage.backends.redis_side import Side
@@ -281,35 +281,47 @@ class RedisStorage(BaseStorage):
         raises `VersionConflict`, among several it is left out. Those changed get the version that they will
         have. Redis knows nothing of a transaction of Django: what is written there is not rolled back.
         """
-        if not self.mirror:
-            raise NotEditable(self.alias, "it is not mirrored")
         wish = Wish(state, data, state_ttl, data_ttl, by, source)
         versions: Sequence[int | None] = [None] * len(records) if if_versions is None else if_versions
-        shown = [Shown.of(*pair) for pair in zip(records, versions, strict=True)]
-        changed = async_to_sync(self._edit)(shown, wish)
-        wait_for_mirror(self.database, self.alias, changed)
-        return len(changed)
+        replies = self._edit_here([(Shown.of(*pair), wish) for pair in zip(records, versions, strict=True)])
+        if len(replies) == 1 and isinstance(replies[0], VersionConflict):
+            raise replies[0]
+        return sum(isinstance(reply, int) for reply in replies)
 
-    async def _edit(self, records: Sequence[Shown], wish: Wish) -> dict[str, int]:
+    def edit_each(
+        self, edits: Sequence[tuple[FSMRecord, Mapping[str, Any]]], *, by: Any = None, source: str = "admin"
+    ) -> list[Edited]:
+        """Change the state or the data of each record in its own way, where Redis holds what the record shows.
+
+        A part that is not there, or has expired, stays so. Return for each its new version, None if nothing
+        was to change, or the conflict. Waits for the mirror once.
+        """
+        found = rewrites(self.database, edits, by, source)
+        replies = iter(self._edit_here([one for one in found if isinstance(one, tuple)]))
+        return [next(replies) if isinstance(one, tuple) else one for one in found]
+
+    def _edit_here(self, edits: Sequence[tuple[Shown, Wish]]) -> list[Edited]:
+        if not self.mirror:
+            raise NotEditable(self.alias, "it is not mirrored")
+        replies = async_to_sync(self._edit)(edits)
+        pairs = zip((shown.record for shown, _ in edits), replies, strict=True)
+        changed = {record.key: reply for record, reply in pairs if isinstance(reply, int)}
+        wait_for_mirror(self.database, self.alias, changed)
+        return replies
+
+    def is_leased(self, key: StorageKey) -> bool:
+        """Say whether a handler is at work on `key`, as far as Redis says so at once. Synchronous."""
+        return async_to_sync(is_held)(wire_for(self.redis), self.lease_key(key))
+
+    async def _edit(self, edits: Sequence[tuple[Shown, Wish]]) -> list[Edited]:
         wire = wire_for(self.redis)
         editor = RedisEditor(wire, self.alias, self.key_builder, self.codec, self._ttl_ms)
-        changed = {}
         try:
-            for shown in records:
-                try:
-                    async with asyncio.timeout(self.timeout):
-                        version = await editor.edit(shown, wish)
-                except VersionConflict:
-                    if len(records) == 1:
-                        raise
-                    continue
-                if version is not None:
-                    changed[shown.record.key] = shown.record.version = version
+            return await editor.edit_all(edits, self.timeout)
         except (RedisError, OSError, TimeoutError) as error:
             raise RedisUnavailable(self.alias, error) from error
         finally:
             await wire.hang_up()
-        return changed
 
     def _refuse(self) -> None:
         self.closed = True

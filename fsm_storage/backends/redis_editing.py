@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from aiogram.fsm.storage.base import KeyBuilder, StateType
 from django.db import connections
@@ -26,15 +27,19 @@ PATIENCE = 2.0
 """Seconds for which an edit waits until the mirror shows it."""
 
 
+Edited: TypeAlias = int | VersionConflict | None
+"""What came of an edit: the new version, None if there was nothing to change, or why it was not made."""
+
+
 class Wish(NamedTuple):
     """What somebody wants of records: as the arguments of `FSMRecord.edit`."""
 
     state: StateType | Keep
     data: Mapping[str, Any] | Keep
-    state_ttl: TtlOption | Keep
-    data_ttl: TtlOption | Keep
-    by: Any
-    source: str
+    state_ttl: TtlOption | Keep = KEEP
+    data_ttl: TtlOption | Keep = KEEP
+    by: Any = None
+    source: str = "admin"
 
 
 class Shown(NamedTuple):
@@ -65,6 +70,24 @@ class RedisEditor:
     ) -> None:
         self._wire, self._alias, self._builder, self._codec = wire, alias, builder, codec
         self._first_ttls = first_ttls
+
+    async def edit_all(self, edits: Sequence[tuple[Shown, Wish]], seconds: float) -> list[Edited]:
+        """Change each record; return what came of it. Those changed get the version that they will have.
+
+        `seconds`: for each. Raises what Redis raises: those before that one are changed.
+        """
+        replies: list[Edited] = []
+        for shown, wish in edits:
+            try:
+                async with asyncio.timeout(seconds):
+                    version = await self.edit(shown, wish)
+            except VersionConflict as conflict:
+                replies.append(conflict)
+                continue
+            if version is not None:
+                shown.record.version = version
+            replies.append(version)
+        return replies
 
     async def edit(self, shown: Shown, wish: Wish) -> int | None:
         """Change one record; return its version to be, None if there was nothing to change.
@@ -112,6 +135,29 @@ class RedisEditor:
             return KEEP
         text = self._codec.encode(wish.data, record.key)
         return None if text == EMPTY else text
+
+
+def rewrites(
+    database: str, edits: Sequence[tuple[FSMRecord, Mapping[str, Any]]], by: Any, source: str
+) -> list[tuple[Shown, Wish] | VersionConflict]:
+    """Return what to ask for so that parts that are there become others, or that a record has moved on.
+
+    Reads what the records have deferred, all at once.
+    """
+    from fsm_storage.models import FSMRecord
+
+    rows = FSMRecord.objects.using(database).with_clock().in_bulk([record.pk for record, _ in edits])
+    found: list[tuple[Shown, Wish] | VersionConflict] = []
+    for record, changes in edits:
+        row = rows.get(record.pk)
+        if row is None or row.version != record.version:
+            found.append(VersionConflict(record.key, record.version, None if row is None else row.version))
+            continue
+        shown = Shown.of(row, row.version)
+        state = KEEP if shown.state is None else changes.get("state", KEEP)
+        data = KEEP if not shown.data else changes.get("data", KEEP)
+        found.append((shown, Wish(state, data, by=by, source=source)))
+    return found
 
 
 def wait_for_mirror(database: str, alias: str, versions: Mapping[str, int]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from fsm_storage.backends.wire import Wire, is_passing, run_script, wire_for
 from fsm_storage.backends.writing import BATCH_SIZE, Command, Script
@@ -22,6 +22,8 @@ from fsm_storage.exceptions import RedisUnavailable
 LOCK: Final = "lock"
 """The part of the key, which is that of aiogram's `RedisEventIsolation`: they keep each other out."""
 _TOKENS: Final = "fsm_storage:lease_token"
+LOOK_SECONDS: Final = 0.3
+"""For which a page that only mentions a lease waits for Redis."""
 
 # KEYS: that of the last token, unless it is a Cluster, where it would be on another node; then the key of
 # each claim. ARGV: how many keys come before the claims'; then of each claim the owner, the milliseconds
@@ -111,6 +113,18 @@ class Claims:
         if hasattr(self._own, "runner"):
             self._own.runner.run(self._own.wire.hang_up())
             self._own.runner.close()
+
+
+async def is_held(wire: Wire, name: str) -> bool:
+    """Say whether there is a lease. False if Redis does not say so within `LOOK_SECONDS`."""
+    try:
+        async with asyncio.timeout(LOOK_SECONDS):
+            (found,) = await wire.ask([("EXISTS", name)])
+    except (RedisError, OSError, TimeoutError):
+        return False
+    finally:
+        await wire.hang_up()
+    return bool(found == 1)
 
 
 async def carry_out(wire: Wire, claims: Sequence[Claim], alias: str) -> list[Any]:

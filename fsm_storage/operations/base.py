@@ -14,7 +14,7 @@ from django.db.models import QuerySet
 from fsm_storage.codec import Codec
 from fsm_storage.conf import Editor, storages
 from fsm_storage.dialects import Write
-from fsm_storage.exceptions import MissingDependency, RedisConflict, StillInUse, VersionConflict
+from fsm_storage.exceptions import MissingDependency, StillInUse, VersionConflict
 from fsm_storage.keys import state_text
 from fsm_storage.models import FSMRecord
 from fsm_storage.patches import KEEP, Patch, Ttl
@@ -116,8 +116,8 @@ class ConversationOperation(Operation):
                     work.setdefault(record.alias, []).append((record, changes))
             ids = []
             for alias, edits in work.items():
-                late = _rewrite(storages.editor(alias), edits, by)
-                changed += len(edits) - len(late)
+                done, late = _rewrite(storages.editor(alias), edits, by)
+                changed += done
                 ids += [record.pk for record in late]
         return changed
 
@@ -142,21 +142,26 @@ def _aliases_elsewhere(using: str) -> list[str]:
     return [alias for alias in storages.settings if getattr(storages[alias], "database", using) != using]
 
 
-def _rewrite(editor: Any, edits: Sequence[tuple[FSMRecord, Changes]], by: str) -> list[FSMRecord]:
-    """Carry the changes out; return the records that were written by somebody else meanwhile."""
-    late = []
+def _rewrite(editor: Any, edits: Sequence[tuple[FSMRecord, Changes]], by: str) -> tuple[int, list[FSMRecord]]:
+    """Carry the changes out; return how many were, and the records that were written by somebody else meanwhile."""
     if hasattr(editor, "put"):
         replies = editor.put([_write(editor.codec, *edit) for edit in edits], by=by, source="migration")
         outcomes = zip(edits, replies, strict=True)
-        return [record for (record, _), reply in outcomes if isinstance(reply, VersionConflict)]
+        late = [record for (record, _), reply in outcomes if isinstance(reply, VersionConflict)]
+        return len(edits) - len(late), late
+    if hasattr(editor, "edit_each"):
+        replies = editor.edit_each(edits, by=by, source="migration")
+        for reply in replies:
+            if isinstance(reply, VersionConflict):  # the mirror is behind: the next walk will see
+                logger.warning("%s", reply)
+        return sum(isinstance(reply, int) for reply in replies), []
+    late = []
     for record, changes in edits:
         try:
             editor.edit([record], **changes, if_versions=[record.version], by=by, source="migration")
-        except RedisConflict as error:  # the mirror is behind: the next walk will see
-            logger.warning("%s", error)
         except VersionConflict:
             late.append(record)
-    return late
+    return len(edits) - len(late), late
 
 
 def _write(codec: Codec, record: FSMRecord, changes: Changes) -> Write:

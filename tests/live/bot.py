@@ -1,4 +1,7 @@
-"""A process that writes: one change at once, and another for each line on its input. Ends when that ends."""
+"""A process that writes: one change at once, and another for each line on its input. Ends when that ends.
+
+Its arguments are the first state, and the address of a Redis if the bot lives there and mirrors by itself.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,21 @@ import sys
 import django
 
 
-async def main(state: str) -> None:
+async def main(state: str, url: str = "") -> None:
     from aiogram.fsm.storage.base import StorageKey
 
-    from fsm_storage import storages
+    from fsm_storage import RedisStorage, storages
 
+    storage = RedisStorage.from_url(url) if url else storages["default"]
     key = StorageKey(bot_id=42, chat_id=7, user_id=7)
-    await storages["default"].set_state(key, state)
+    await storage.set_state(key, state)
     print("written", flush=True)
     while line := await asyncio.to_thread(sys.stdin.readline):
-        await storages["default"].set_state(key, line.strip())
+        await storage.set_state(key, line.strip())
         print("written", flush=True)
-    await storages["default"].close()
+    await storage.close()
 
 
 if __name__ == "__main__":
     django.setup()
-    asyncio.run(main(sys.argv[1]))
+    asyncio.run(main(*sys.argv[1:]))

@@ -115,6 +115,21 @@ def test_a_bot_that_lives_on_is_heard_again_after_its_redis_was_killed(
     finish_child(bot)
 
 
+def test_a_page_hears_of_a_bot_on_redis_through_its_mirror(dial: Any, own_redis: RedisServer) -> None:
+    page = dial()
+    bot = start_child("tests.live.bot", "Order:size", own_redis.url, env=layer(own_redis))
+    assert bot.stdin is not None
+    assert bot.stdout is not None
+    assert bot.stdout.readline() == "written\n"
+    assert heard(page) == {"type": "changed", "records": [newest()], "more": False}
+    assert FSMRecord.objects.get(key="42:7:7").state == "Order:size"
+    bot.stdin.write("Order:payment\n")
+    bot.stdin.flush()
+    finish_child(bot)  # the mirror goes on until the outbox is empty, and what it did is told at the end
+    assert heard(page) == {"type": "changed", "records": [newest()], "more": False}
+    assert FSMRecord.objects.get(key="42:7:7").state == "Order:payment"
+
+
 def test_strangers_are_refused(transactional_db: None, site: Site) -> None:
     with pytest.raises(InvalidStatus, match="403"), open_socket(site):
         pass
