@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conf": {"exceptions"},  # storages are loaded by their dotted paths
     "tallies": {"keys"},
     "peers": {"keys", "rights"},
-    "models": {"exceptions", "keys", "patches", "conf", "tallies", "peers"},
+    "querysets": {"patches", "conf"},
+    "models": {"exceptions", "keys", "patches", "conf", "tallies", "peers", "querysets"},
     "rollup": {"models", "tallies"},
     "figures": {"models", "tallies", "rollup", "graph"},
     "layout": set(),
@@ -89,6 +90,7 @@ MUST_NOT_KNOW: dict[str, set[str]] = {
     "batching": {"django", "aiogram", "asgiref", "psycopg", "sqlite3"},
     "outbox": {"django", "redis", "asyncio", "threading", "time"},
     "rights": {"aiogram", "asyncio", "asgiref"},
+    "querysets": {"asyncio", "threading"},
     "models": {"asyncio", "threading"},
     "layout": {"django", "aiogram", "asyncio", "threading", "time"},
     "testing": {"django", "psycopg"},
