@@ -130,14 +130,17 @@ class Mariadb:
     def _install(self) -> None:
         install, user = shutil.which("mariadb-install-db", path=_SERVER_PATH), self._options[-1:]
         assert install is not None
-        subprocess.run(
-            [
-                install, "--no-defaults", f"--datadir={self._data}", "--skip-test-db",
-                "--auth-root-authentication-method=normal",
-                *(option for option in user if option.startswith("--user")),
-            ],
-            check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        command = [
+            install, "--no-defaults", f"--datadir={self._data}", "--skip-test-db",
+            "--auth-root-authentication-method=normal",
+            *(option for option in user if option.startswith("--user")),
+        ]  # fmt: skip
+        for _ in range(3):  # it has failed on a busy machine, with nothing wrong
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            if done.returncode == 0:
+                return
+            shutil.rmtree(self._data, ignore_errors=True)
+        raise RuntimeError(f"MariaDB was not installed:\n{done.stdout[-3000:]}")
 
     @property
     def pid(self) -> int:
