@@ -51,12 +51,13 @@ class Lane:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, give_up: Callable[[], Exception]) -> None:
         self.loop, self._give_up = loop, give_up
+        self._new_future = loop.create_future
         self.waiting: dict[asyncio.Future[Any], float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
 
     def expect(self, deadline: float) -> asyncio.Future[Any]:
-        future = self.loop.create_future()
+        future: asyncio.Future[Any] = self._new_future()
         self.waiting[future] = deadline
         if self._timer is None or deadline < self._due:
             self._set_timer(deadline)
@@ -69,8 +70,9 @@ class Lane:
         self._timer = self.loop.call_later(max(0.0, due - time.monotonic()), self._expire)
 
     def deliver(self, replies: list[tuple[asyncio.Future[Any], Any]]) -> None:
+        forget = self.waiting.pop
         for future, reply in replies:
-            self.waiting.pop(future, None)
+            forget(future, None)
             if future.done():  # its caller was cancelled, or gave up waiting
                 continue
             if isinstance(reply, BaseException):
@@ -92,6 +94,8 @@ class Lane:
             self._set_timer(min(self.waiting.values()))
 
 
+_running_loop, _now = asyncio.get_running_loop, time.monotonic
+
 # An operation on its way: itself, who waits for it, until when. A plain tuple, because there are
 # tens of thousands in a second.
 _Item = tuple[Any, Lane, "asyncio.Future[Any]", float]
@@ -102,6 +106,8 @@ class Batcher(Generic[Op, Reply]):
 
     `commit(operations, deadline)` runs in the batcher's thread and returns one reply for each:
     a value, an exception, or `AGAIN`. `deadline` (monotonic) is when its last caller gives up.
+    The operations are all of one type. Those of a batch that are of the type `first` come first, and
+    their replies are sent off before the others are begun: their callers go on meanwhile.
     `key(operation)` is what at most one operation of a batch may have; None never collides.
     `release()` runs in the thread before it ends; `name` is the thread's; `server` is who may not answer.
     """
@@ -116,9 +122,10 @@ class Batcher(Generic[Op, Reply]):
         timeout: float,
         max_pending: int,
         batch_size: int,
+        first: type | None = None,
         server: str = "database",
     ) -> None:
-        self._server = server
+        self._server, self._first = server, first
         self._commit, self._key, self._release, self._name = commit, key, release, name
         self._timeout, self._max_pending, self._batch_size = timeout, max_pending, batch_size
         self.closed = False
@@ -144,8 +151,8 @@ class Batcher(Generic[Op, Reply]):
 
         No coroutine of its own: one less for each operation that waits is a tenth of its cost.
         """
-        lane = self._lanes.get(asyncio.get_running_loop()) or self._add_lane()
-        deadline = time.monotonic() + self._timeout
+        lane = self._lanes.get(_running_loop()) or self._add_lane()
+        deadline = _now() + self._timeout
         if self._queue.qsize() >= self._max_pending:
             return self._submit_later(op, lane, deadline)
         return self._submit_now(op, lane, deadline)
@@ -234,8 +241,8 @@ class Batcher(Generic[Op, Reply]):
     def _run(self) -> None:
         try:
             while (batch := self._take()) is not None:
-                if batch:
-                    self._answer(batch)
+                for part in self._parts(batch):
+                    self._answer(part)
         finally:
             self._release()
 
@@ -294,6 +301,18 @@ class Batcher(Generic[Op, Reply]):
                 return None
             self._thread = threading.current_thread()
             return []
+
+    def _parts(self, batch: list[_Item]) -> list[list[_Item]]:
+        """Sort a batch by the type of operation."""
+        parts: dict[type, list[_Item]] = {}
+        for item in batch:
+            kind = type(item[0])
+            if kind in parts:
+                parts[kind].append(item)
+            else:
+                parts[kind] = [item]
+        first = parts.pop(self._first, None) if self._first else None
+        return [first, *parts.values()] if first else list(parts.values())
 
     def _answer(self, batch: list[_Item]) -> None:
         replies: Replies[Reply]

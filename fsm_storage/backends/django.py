@@ -108,7 +108,7 @@ class DjangoStorage(MovesChats, BaseStorage):
         self.sender: type[BaseStorage] = type(self)
         self._limits = {"timeout": timeout, "max_pending": max_pending, "batch_size": batch_size}
         self._reads: Batcher[Operation, Any] | None = None
-        self._writes: Batcher[Operation, Any] | None = None
+        self._writes: Sequence[Batcher[Operation, Any]] = ()
         self._starting = threading.Lock()
         self.closed = False
 
@@ -171,7 +171,7 @@ class DjangoStorage(MovesChats, BaseStorage):
 
     def _shut_all(self) -> list[threading.Thread]:
         self.closed = True
-        batchers = dict.fromkeys(batcher for batcher in (self._reads, self._writes) if batcher)
+        batchers = dict.fromkeys(batcher for batcher in (self._reads, *self._writes) if batcher)
         return [thread for batcher in batchers if (thread := batcher.shut())]
 
     def _join(self, threads: Sequence[threading.Thread]) -> None:
@@ -269,7 +269,9 @@ class DjangoStorage(MovesChats, BaseStorage):
         """Carry out a write or an errand, in a batch with others of whichever kind."""
         if self.in_transaction:
             return self._now(op)
-        return (self._writes or self._start()[1]).submit(op)
+        writes = self._writes or self._start()[1]
+        # Those of one key meet in one queue, which keeps them apart; in two, they would wait for the row.
+        return writes[hash(op.key) % len(writes)].submit(op)
 
     async def finish(self, errands: Sequence[Errand]) -> None:
         """Carry out errands of one kind, also after `close()`. Raises the first error."""
@@ -349,13 +351,13 @@ class DjangoStorage(MovesChats, BaseStorage):
         finally:
             self._session.release()
 
-    def _start(self) -> tuple[Batcher[Operation, Any], Batcher[Operation, Any]]:
+    def _start(self) -> tuple[Batcher[Operation, Any], Sequence[Batcher[Operation, Any]]]:
         """Make the batchers, at the first operation: settings are not read earlier."""
         with self._starting:
-            if self._writes is None or self._reads is None:
+            if not self._writes or self._reads is None:
                 dialect = self._session.dialect
-                writes = self._batcher("writes" if dialect.reads_apart else "all")
-                self._reads = self._batcher("reads") if dialect.reads_apart else writes
+                writes = [self._batcher(f"writes {number}") for number in range(dialect.writers)]
+                self._reads = self._batcher("reads") if dialect.reads_apart else writes[0]
                 self._writes = writes
                 if self.closed:
                     self.shut()
@@ -370,23 +372,12 @@ class DjangoStorage(MovesChats, BaseStorage):
             timeout=self._limits["timeout"],
             max_pending=int(self._limits["max_pending"]),
             batch_size=int(self._limits["batch_size"]),
+            first=Read,
         )
 
-    def _commit(self, ops: Sequence[Operation], deadline: float) -> Replies[Any]:
-        kinds: dict[type[Operation], list[Any]] = {}
-        for op in ops:
-            kinds.setdefault(type(op), []).append(op)
-        # Writes before reads, so that a read sees them if both are on one connection.
-        if len(kinds) == 1:
-            return self._answer(type(ops[0]), ops, deadline)
-        reads = kinds.pop(Read, None)
-        replies = {kind: iter(self._answer(kind, some, deadline)) for kind, some in kinds.items()}
-        if reads:
-            replies[Read] = iter(self._answer(Read, reads, deadline))
-        return [next(replies[type(op)]) for op in ops]
-
-    def _answer(self, kind: type[Operation], ops: Sequence[Any], deadline: float) -> Replies[Any]:
+    def _commit(self, ops: Sequence[Any], deadline: float) -> Replies[Any]:
         """Answer operations of one kind."""
+        kind = type(ops[0])
         if kind is Read:
             return self._session.read(ops, self._scope, deadline)
         if kind is not Write:

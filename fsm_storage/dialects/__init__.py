@@ -241,6 +241,8 @@ class Dialect(Protocol):
 
     reads_apart: bool
     """Reads do not wait for a commit when they have a connection of their own."""
+    writers: int
+    """How many connections of a process write at a time: one carries out its batch while another commits."""
     write_begin: str | None
     """The statement that opens a transaction for writing; None: a plan is one statement, which commits itself."""
     binds_on_server: bool

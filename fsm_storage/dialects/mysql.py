@@ -51,6 +51,7 @@ class MySQL:
     """See `Dialect`."""
 
     reads_apart = True
+    writers = 1
     write_begin = "START TRANSACTION"
     binds_on_server = False
     paramstyle = "format"

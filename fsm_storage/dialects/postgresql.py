@@ -130,6 +130,7 @@ class PostgreSQL:
     """See `Dialect`."""
 
     reads_apart = True
+    writers = 2
     write_begin = None
     binds_on_server = True
     paramstyle = "format"

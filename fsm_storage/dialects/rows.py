@@ -55,17 +55,23 @@ def seconds(text: str) -> Seconds:
     return datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()
 
 
+_NOTHING = Content()
+
+
 class Work:
     """Collects the rows to write. `flaw` says why the server could not keep a content in place of another."""
 
     def __init__(
-        self, scope: Scope, now: str, flaw: Callable[[Content, Content], str | None] = lambda old, new: None
+        self, scope: Scope, now: str, flaw: Callable[[Content, Content], str | None] | None = None
     ) -> None:
         self.scope, self.clock, self.flaw = scope, Clock(now), flaw
         self.inserts: list[tuple[Any, ...]] = []
         self.state_updates: list[tuple[Any, ...]] = []
         self.updates: list[tuple[Any, ...]] = []
         self.transitions: list[tuple[Any, ...]] = []
+        # The write at hand, and what its merge made.
+        self._write: Write
+        self._merged: dict[str, Any] | None = None
 
     def add(self, write: Write, row: Row) -> WriteReply:
         """Note what `write` does to `row`, and return its reply."""
@@ -73,38 +79,20 @@ class Work:
             return VersionConflict(write.key, write.if_version, row.version if row.id else None)
         if write.as_of is not None and row.id is not None and row.version >= write.as_of.version:
             return VersionConflict(write.key, write.as_of.version, row.version)
-        old = (
-            Content()
-            if row.id is None
-            else Content(
-                row.state,
-                row.data,
-                None if row.state_expires_at is None else seconds(row.state_expires_at),
-                None if row.data_expires_at is None else seconds(row.data_expires_at),
-            )
-        )
-        merged: dict[str, Any] | None = None
-
-        def fold(base: str, over: tuple[str, ...]) -> str:
-            nonlocal merged
-            text, merged = self.scope.codec.fold(write.key, base, over)
-            return text
-
+        old = _content(row)
+        self._write, self._merged = write, None
         try:
             new = apply(
-                write.patch,
-                old,
-                self._now(write),
-                fold=fold,
-                state_ttl=write.state_ttl,
-                data_ttl=write.data_ttl,
-            )
+                write.patch, old, self._now(write),
+                fold=self._fold, state_ttl=write.state_ttl, data_ttl=write.data_ttl,
+            )  # fmt: skip
         except CorruptData as error:
             return error
+        merged = self._merged
         leaves_trace = write.as_of is not None and write.as_of.leaves_trace
         if row.id is None and new.state is None and new.data == EMPTY and not leaves_trace:
             return Written(None, merged=merged)
-        flaw = self.flaw(old, new)
+        flaw = self.flaw(old, new) if self.flaw is not None else None
         if flaw is not None:
             return InvalidData("", flaw, write.key)
         version = self._save(write, row, new)
@@ -113,26 +101,32 @@ class Work:
         elif self.scope.history != "off":
             self._note(write, old, new)
         change = self._change(write, old, new) if self.scope.tells else None
-        return Written(version, merged=merged, change=change)
+        return Written(version, None, merged, change)
+
+    def _fold(self, base: str, over: tuple[str, ...]) -> str:
+        text, self._merged = self.scope.codec.fold(self._write.key, base, over)
+        return text
 
     def _save(self, write: Write, row: Row, new: Content) -> int:
-        clock, parts, at = self.clock, write.parts, self._at(write)
-        expiries = clock.write(new.state_expires_at), clock.write(new.data_expires_at)
+        clock, as_of = self.clock, write.as_of
+        at = clock.text if as_of is None else self._at(write)
+        state_at, data_at = clock.write(new.state_expires_at), clock.write(new.data_expires_at)
         if row.id is None:
-            version = clock.version if write.as_of is None else write.as_of.version
+            parts = write.parts
+            version = clock.version if as_of is None else as_of.version
             self.inserts.append(
                 (
                     self.scope.alias, write.key, parts.bot_id, parts.chat_id, parts.user_id, parts.thread_id,
-                    parts.business_connection_id, parts.destiny, new.state, new.data, *expiries, version,
+                    parts.business_connection_id, parts.destiny, new.state, new.data, state_at, data_at, version,
                     at, at,
                 )
             )  # fmt: skip
             return version
-        version = row.version + 1 if write.as_of is None else write.as_of.version
+        version = row.version + 1 if as_of is None else as_of.version
         if new.data is row.data:
-            self.state_updates.append((new.state, *expiries, version, at, row.id))
+            self.state_updates.append((new.state, state_at, data_at, version, at, row.id))
         else:
-            self.updates.append((new.state, *expiries, version, at, new.data, row.id))
+            self.updates.append((new.state, state_at, data_at, version, at, new.data, row.id))
         return version
 
     def _now(self, write: Write) -> Seconds:
@@ -200,6 +194,18 @@ class Work:
                 *cause, data_before, data_after,
             )
         )  # fmt: skip
+
+
+def _content(row: Row) -> Content:
+    if row.id is None:
+        return _NOTHING
+    state_at, data_at = row.state_expires_at, row.data_expires_at
+    return Content(
+        row.state,
+        row.data,
+        None if state_at is None else seconds(state_at),
+        None if data_at is None else seconds(data_at),
+    )
 
 
 def valid(text: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, TypeVar
@@ -35,7 +36,8 @@ _NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
 
 # The keys or rows of a batch go into one statement, not to executemany(): sqlite3 gives the interpreter
 # away at each execution, and with a busy event loop beside it may wait 5 ms to get it back, row by row.
-# A statement has room for 1, 2, 4, 8 … rows, so that sqlite3 remembers all sizes; what is left over is NULL.
+# A statement has room for 1, 2, 3, 4, 6, 8, 12 … rows, so few sizes that sqlite3 remembers them all; what is
+# left over is NULL.
 # (Rows as one JSON parameter take a third longer, because json_extract() parses a row for each column.)
 MAX_ROWS = 256
 
@@ -98,11 +100,12 @@ class _Sql:
         self.update_all = _update((*_CHANGING, "data"), size)
 
 
-_SQL = {1 << power: _Sql(1 << power) for power in range(MAX_ROWS.bit_length())}
+_SIZES = sorted({part << power for part in (2, 3) for power in range(8)} | {1})
+_SQL = {size: _Sql(size) for size in _SIZES if size <= MAX_ROWS}
 
 
 def _room_for(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+    return _SIZES[bisect_left(_SIZES, count)]
 
 
 _EXPIRED = """
@@ -140,6 +143,7 @@ class SQLite:
     """See `Dialect`."""
 
     reads_apart = False
+    writers = 1
     write_begin = "BEGIN IMMEDIATE"
     binds_on_server = False
     paramstyle = "qmark"
