@@ -271,7 +271,8 @@ class DjangoStorage(MovesChats, BaseStorage):
             return self._now(op)
         writes = self._writes or self._start()[1]
         # Those of one key meet in one queue, which keeps them apart; in two, they would wait for the row.
-        return writes[hash(op.key) % len(writes)].submit(op)
+        place = hash(op.key) % len(writes) if type(op) is Write else 0
+        return writes[place].submit(op)
 
     async def finish(self, errands: Sequence[Errand]) -> None:
         """Carry out errands of one kind, also after `close()`. Raises the first error."""

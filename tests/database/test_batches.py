@@ -83,7 +83,7 @@ async def test_a_batch_of_writes_is_one_transaction(
 ) -> None:
     await in_one_batch(storage, statements, [WRITES["update_data"](storage, n) for n in range(50)])
     ends = [kind for kind in kinds(statements) if kind in ("BEGIN", "START", "COMMIT")]
-    # The write that was held up, and all of the rest.
+    # The write that was held up, and all of the rest; on PostgreSQL in two queues.
     if database == "default":
         assert ends.count("COMMIT") <= 2
     elif database == "mariadb":
@@ -93,7 +93,7 @@ async def test_a_batch_of_writes_is_one_transaction(
         assert sum(sql.endswith("COMMIT") for sql in statements.seen) <= 2
     else:
         assert ends == []
-        assert len(statements.seen) <= 3
+        assert len(statements.seen) <= 5
 
 
 async def test_a_batch_of_reads_is_one_statement_for_each_part(

@@ -92,7 +92,7 @@ def test_a_loop_that_ended_in_mid_write_leaves_the_storage_working(
 def test_short_lived_loops_leave_nothing_behind(storage: DjangoStorage, key: StorageKey) -> None:
     for n in range(30):
         async_to_sync(storage.update_data)(key, {"n": n})
-    for batcher in (storage._reads, storage._writes):
+    for batcher in (storage._reads, *storage._writes):
         assert batcher is not None
         assert len(batcher._lanes) <= 2
 
@@ -107,7 +107,7 @@ async def test_a_thousand_tasks_share_a_few_connections(
         assert await storage.get_data(chat(n)) == {"n": n}
 
     await asyncio.gather(*map(talk, range(1000)))
-    assert statements.connections <= 2
+    assert statements.connections <= 3
     assert len(await in_thread(records, database)) == 1000
 
 
@@ -264,7 +264,7 @@ async def test_past_the_bound_a_caller_waits_and_then_gets_a_clear_error(
         assert {type(outcome) for outcome in done} == {StorageTimeout}
         # Those that found no room were told so; the others were in the queue or on their way.
         refused = [outcome for outcome in done if "waiting already" in str(outcome)]
-        assert len(refused) >= 40 - 5 - 2 - 1
+        assert len(refused) >= 40 - 2 * (5 + 2 + 1), "at most two queues, each with a batch on its way"
         assert all("5 operations" in str(outcome) for outcome in refused)
     await storage.set_state(chat(0), "later")
     assert await storage.get_state(chat(0)) == "later"
