@@ -22,6 +22,7 @@ MAX_DEPTH = 500
 MAX_LENGTH = 4 * 1024 * 1024
 """Characters of JSON text. Coding holds the interpreter: 4 Mi characters take about 50 ms."""
 
+
 def _encoder(*, ensure_ascii: bool = False, **options: Any) -> Callable[[Any], str]:
     """Return what does the work of `JSONEncoder(…).encode` in half of the time: that makes an encoder at each call.
 
