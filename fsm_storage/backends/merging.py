@@ -2,6 +2,9 @@
 
 Compare-and-set and not a merge within Redis, because the JSON decoder of its scripts rounds integers
 beyond 2^53. Without the grouping, 64 merges of one key would need 64 rounds: one wins in each.
+
+A merge does not read first. It guesses that Redis holds what was last seen there; a wrong guess is answered
+with what it holds, as a read would be. So a guess can cost nothing but its bytes on the way.
 """
 
 from __future__ import annotations
@@ -23,8 +26,11 @@ from fsm_storage.outbox import DATA, Record
 from fsm_storage.patches import EMPTY
 
 _LEAD: Final = object()
-_FREE_TRIES = 3
-"""Another process's write costs one more round; only when that goes on, wait a little."""
+_FREE_TRIES = 4
+"""A wrong guess costs one more round, and so does another process's write; only when that goes on, wait a little."""
+_GUESSES = 4096
+_LONGEST_GUESS = 2048
+"""How many values are kept to guess from, of how many bytes each: 8 MiB at the most."""
 
 
 class Merge(NamedTuple):
@@ -54,6 +60,16 @@ class Merger:
     def __init__(self, store: Store, codec: WireCodec, timeout: float) -> None:
         self._store, self._codec, self._timeout = store, codec, timeout
         self._waiting: dict[str, deque[_Waiter]] = {}
+        self._guesses: dict[str, bytes] = {}
+
+    def saw(self, name: str, value: bytes | None) -> None:
+        """Take note of what Redis holds under `name`, or held a moment ago."""
+        guesses = self._guesses
+        guesses.pop(name, None)
+        if value is not None and len(value) <= _LONGEST_GUESS:
+            guesses[name] = value  # as the newest
+            if len(guesses) > _GUESSES:
+                del guesses[next(iter(guesses))]
 
     async def merge(self, merge: Merge) -> dict[str, Any]:
         """Return all the data that is there afterwards. A cancelled merge happens whole or not at all."""
@@ -108,7 +124,7 @@ class Merger:
         self, merge: Merge, group: list[_Waiter], deadline: float
     ) -> tuple[str, dict[str, Any]]:
         """Merge `merge`, and those under the same lease who wait behind it, which are moved to `group`."""
-        found: bytes | None = await self._store.read(merge.name, deadline)
+        found, is_guess = self._guesses.get(merge.name), True
         failures = 0
         while True:
             waiting = self._waiting[merge.name]
@@ -119,6 +135,9 @@ class Merger:
             try:
                 text, data = self._fold(found, merge, group)
             except InvalidData:
+                if is_guess:
+                    found, is_guess = await self._store.read(merge.name, deadline), False
+                    continue
                 if not group:
                     raise
                 # Together they are too much; which of them, shows when each goes alone.
@@ -129,8 +148,9 @@ class Merger:
             record = Record(merge.key, DATA, None if text == EMPTY else text, last.ttl_ms)
             reply = await self._store.write(Write(merge.name, record, found, merge.fence), deadline)
             if reply == DONE:
+                self.saw(merge.name, None if text == EMPTY else text.encode())
                 return text, data
-            found = reply
+            found, is_guess = reply, False
             failures += 1
             if failures > _FREE_TRIES:
                 await self._pause(failures, deadline)

@@ -2,6 +2,10 @@
 
 There is no delay: an operation goes as soon as the loop has run what it was running, with all that were
 submitted meanwhile. While one batch is on its way, the next one gathers.
+
+There are two ways. The short one is taken while the connection stands: a batch goes from one callback of
+the event loop, and its replies come in another; a task would take as long again for a lone operation. The
+long one, a task, connects, sends again what Redis did not take, and hangs up in the end.
 """
 
 from __future__ import annotations
@@ -11,11 +15,16 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from contextvars import Context
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
 
-from fsm_storage.backends.wire import Wire, is_passing
+from redis.exceptions import NoScriptError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from fsm_storage.backends.wire import LineWire, is_passing
+from fsm_storage.backends.writing import Command
 from fsm_storage.batching import Lane
 from fsm_storage.exceptions import RedisUnavailable, StorageClosed, StorageTimeout
 
@@ -26,33 +35,59 @@ logger = logging.getLogger("fsm_storage")
 _LONGEST_PAUSE = 0.5
 
 
-class Pipeline(Generic[Op]):
-    """Carries operations out in batches, in their order, one batch at a time.
+class Work(Protocol[Op]):
+    """What operations are in Redis's words."""
 
-    `carry_out(wire, operations)` returns a reply for each, an exception where one failed alone, and
-    raises where all did; it may be called again with the same operations. `size(operation)` is in bytes.
+    def size(self, op: Op) -> int:
+        """Return about how many bytes `op` is."""
+        ...
+
+    def commands(self, ops: Sequence[Op], *, whole: bool = False) -> list[Command]:
+        """Return the commands for a batch. `whole`: with the text of the script. May be asked again."""
+        ...
+
+    def conclude(self, ops: Sequence[Op], replies: Sequence[Any]) -> Sequence[Any]:
+        """Return a reply for each operation, an exception where one failed alone; raises where all did."""
+        ...
+
+
+class _Flight(Generic[Op]):
+    """A batch on its short way."""
+
+    __slots__ = ("batch", "ops", "sent_at")
+
+    def __init__(self, batch: list[tuple[Op, asyncio.Future[Any]]], sent_at: float) -> None:
+        self.batch, self.sent_at = batch, sent_at
+        self.ops = [op for op, _ in batch]
+
+
+class Pipeline(Generic[Op]):
+    """Carries operations out in batches, in their order.
+
     A batch that Redis did not take for a passing reason (it is away, it is loading, it has become a
     replica) is sent again, until nobody waits for it any more.
     """
 
     def __init__(
         self,
-        wire: Wire,
-        carry_out: Callable[[Wire, Sequence[Op]], Awaitable[Sequence[Any]]],
+        wire: LineWire,
+        work: Work[Op],
         *,
         alias: str,
         timeout: float,
         max_pending: int,
         batch_size: int,
         batch_bytes: int,
-        size: Callable[[Op], int],
     ) -> None:
-        self._wire, self._carry_out, self._size = wire, carry_out, size
+        self._wire, self._work = wire, work
         self._alias, self._timeout, self._max_pending = alias, timeout, max_pending
         self._batch_size, self._batch_bytes = batch_size, batch_bytes
         self._lane = Lane(asyncio.get_running_loop(), self._give_up)
         self._queue: deque[tuple[Op, asyncio.Future[Any]]] = deque()
         self._room: deque[asyncio.Future[None]] = deque()
+        self._flights: deque[_Flight[Op]] = deque()
+        self._watch: asyncio.TimerHandle | None = None
+        self._is_stirring = self._is_mending = False
         self._wake: asyncio.Future[None] | None = None
         self._worker: asyncio.Task[None] | None = None
         self._trouble: BaseException | None = None
@@ -80,13 +115,9 @@ class Pipeline(Generic[Op]):
             raise StorageClosed
         future = self._lane.expect(deadline)
         self._queue.append((op, future))
-        if self._wake is not None:
-            _set_done(self._wake)
-        elif self._worker is None or self._worker.done():
-            # In an empty context, or it would keep that of the first caller alive.
-            self._worker = self.loop.create_task(
-                self._run(), name=f"fsm_storage {self._alias}", context=Context()
-            )
+        if not self._is_stirring and not self._flights:
+            self._is_stirring = True
+            self.loop.call_soon(self._stir)
         return future
 
     async def _submit_later(self, op: Op, deadline: float) -> Any:
@@ -134,30 +165,6 @@ class Pipeline(Generic[Op]):
             _set_done(self._wake)
         return None if self._worker is None or self._worker.done() else self._worker
 
-    async def _run(self) -> None:
-        batch: list[tuple[Op, asyncio.Future[Any]]] = []
-        try:
-            while True:
-                if not self._queue:
-                    if self.closed:
-                        return
-                    self._wake = self.loop.create_future()
-                    await self._wake
-                    self._wake = None
-                    continue
-                batch = self._take()
-                if self._room:
-                    self._make_room(self._max_pending - len(self._queue))
-                await self._answer(batch)
-        except asyncio.CancelledError:  # the loop is ending, or `close` has waited long enough
-            for _, future in [*batch, *self._queue]:
-                future.cancel()
-            self._queue.clear()
-            raise
-        finally:
-            self._wake = None
-            await self._wire.hang_up()
-
     def _take(self) -> list[tuple[Op, asyncio.Future[Any]]]:
         batch: list[tuple[Op, asyncio.Future[Any]]] = []
         queue, room, space = self._queue, self._batch_size, self._batch_bytes
@@ -167,28 +174,153 @@ class Pipeline(Generic[Op]):
                 continue
             batch.append(item)
             room -= 1
-            space -= self._size(item[0])
+            space -= self._work.size(item[0])
+        if self._room:
+            self._make_room(self._max_pending - len(queue))
         return batch
+
+    # The short way
+
+    def _stir(self) -> None:
+        """Send what waits."""
+        self._is_stirring = False
+        if self._is_mending:  # the worker stirs when it is done
+            return
+        line = self._wire.line
+        if line is None:
+            self._call_worker()
+            return
+        while self._queue:
+            batch = self._take()
+            if not batch:
+                return
+            flight = _Flight(batch, self.loop.time())
+            self._flights.append(flight)
+            if self._watch is None:
+                self._set_watch(self._limit)
+            line.ask(self._work.commands(flight.ops), partial(self._land, flight))
+
+    def _land(self, flight: _Flight[Op], outcome: list[Any] | Exception) -> None:
+        """Hand out the replies to a batch; or put it back, in front of what waits, for the worker."""
+        if flight not in self._flights:  # the worker has ended, and its callers were told
+            return
+        self._flights.remove(flight)
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            replies = self._work.conclude(flight.ops, outcome)
+        except Exception as error:
+            if not isinstance(error, NoScriptError):
+                self._trouble = error
+            self._queue.extendleft(reversed(flight.batch))
+            self._call_worker()
+            return
+        self._trouble = None
+        self._deliver(flight.batch, replies)
+        if self._queue:
+            self._stir()
+        elif self.closed and not self._flights:
+            self._call_worker()
+
+    @property
+    def _limit(self) -> float:
+        patience = self._wire.patience
+        return self._timeout if patience is None else min(self._timeout, patience)
+
+    def _set_watch(self, seconds: float) -> None:
+        self._watch = self.loop.call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        """Drop the connection if the oldest batch has no answer for too long. One timer serves all."""
+        self._watch = None
+        if not self._flights:
+            return
+        rest = self._flights[0].sent_at + self._limit - self.loop.time()
+        if rest > 0:
+            self._set_watch(rest)
+        elif (line := self._wire.line) is not None:
+            line.close(RedisTimeoutError("no answer in time"))
+
+    # The long way
+
+    def _call_worker(self) -> None:
+        self._is_mending = True
+        if self._wake is not None:
+            _set_done(self._wake)
+        elif self._worker is None or self._worker.done():
+            # In an empty context, or it would keep that of the first caller alive.
+            self._worker = self.loop.create_task(
+                self._run(), name=f"fsm_storage {self._alias}", context=Context()
+            )
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                await self._mend()
+                if self.closed and not self._queue and not self._flights:
+                    return
+                self._wake = self.loop.create_future()
+                await self._wake
+                self._wake = None
+        except asyncio.CancelledError:  # the loop is ending, or `close` has waited long enough
+            for _, future in self._queue:
+                future.cancel()
+            for flight in self._flights:
+                for _, future in flight.batch:
+                    future.cancel()
+            self._queue.clear()
+            self._flights.clear()
+            raise
+        finally:
+            self._wake = None
+            if self._watch is not None:
+                self._watch.cancel()
+            await self._wire.hang_up()
+
+    async def _mend(self) -> None:
+        """Carry out what waits, until the short way is open."""
+        self._is_mending = True
+        while self._queue:
+            await self._answer(self._take())
+            if self._wire.line is not None:
+                break
+        self._is_mending = False
+        if self._queue:
+            self._stir()
 
     async def _answer(self, batch: list[tuple[Op, asyncio.Future[Any]]]) -> None:
         failures = 0
-        while batch:
-            replies: Sequence[Any]
-            try:
-                async with asyncio.timeout(self._timeout):
-                    replies = await self._carry_out(self._wire, [op for op, _ in batch])
-                self._trouble = None
-            except Exception as error:
-                if is_passing(error):
-                    self._trouble = error
-                    await self._pause(failures)
-                    failures += 1
-                    batch = [item for item in batch if not item[1].done()]
-                    continue
-                logger.debug("a batch of %d operations failed as a whole", len(batch), exc_info=error)
-                replies = [_refused(self._alias, error) for _ in batch]
-            self._lane.deliver([(future, reply) for (_, future), reply in zip(batch, replies, strict=True)])
-            return
+        try:
+            while batch:
+                try:
+                    async with asyncio.timeout(self._timeout):
+                        replies = await self._carry_out([op for op, _ in batch])
+                    self._trouble = None
+                except Exception as error:
+                    if is_passing(error):
+                        self._trouble = error
+                        await self._pause(failures)
+                        failures += 1
+                        batch = [item for item in batch if not item[1].done()]
+                        continue
+                    logger.debug("a batch of %d operations failed as a whole", len(batch), exc_info=error)
+                    replies = [_refused(self._alias, error) for _ in batch]
+                self._deliver(batch, replies)
+                return
+        except asyncio.CancelledError:
+            for _, future in batch:
+                future.cancel()
+            raise
+
+    async def _carry_out(self, ops: list[Op]) -> Sequence[Any]:
+        replies = await self._wire.ask(self._work.commands(ops))
+        try:
+            return self._work.conclude(ops, replies)
+        except NoScriptError:  # a new server, or one after SCRIPT FLUSH
+            return self._work.conclude(ops, await self._wire.ask(self._work.commands(ops, whole=True)))
+
+    def _deliver(self, batch: list[tuple[Op, asyncio.Future[Any]]], replies: Sequence[Any]) -> None:
+        self._lane.deliver([(future, reply) for (_, future), reply in zip(batch, replies, strict=True)])
 
     async def _pause(self, failures: int) -> None:
         """Wait before the next try; not at the first failure, which is most often an idle connection's end."""

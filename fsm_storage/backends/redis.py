@@ -212,11 +212,17 @@ class RedisStorage(BaseStorage):
         name = self._name(key, DATA)
         text = self.codec.encode(data, name)
         record = Record(key, DATA, None if text == EMPTY else text, self._ttl_of(DATA, ttl, name))
-        await self._side().writes.submit(Write(name, record, fence=self._fence()))
+        side = self._side()
+        await side.writes.submit(Write(name, record, fence=self._fence()))
+        side.merger.saw(name, None if record.value is None else text.encode())
 
     async def get_data(self, key: StorageKey) -> dict[str, Any]:
         name = self._name(key, DATA)
-        return self.codec.decode_bytes(await self._side().reads.submit((name, DATA)), name)
+        side = self._side()
+        found = await side.reads.submit((name, DATA))
+        data = self.codec.decode_bytes(found, name)
+        side.merger.saw(name, found)
+        return data
 
     async def get_value(
         self, storage_key: StorageKey, dict_key: str, default: Any | None = None

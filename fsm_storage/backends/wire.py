@@ -1,16 +1,20 @@
-"""Commands to Redis and replies from it, over redis-py's connections. Knows no queue and no storage.
+"""Commands to Redis and replies from it, over connections that redis-py makes. Knows no queue and no storage.
 
 Each wire has a connection of its own, made as the client's pool makes them (TLS, Sentinel, unix sockets,
-passwords), and speaks on it alone: a reply can only be that of the last question. Whenever a question
-does not end well, by an error, a timeout or a cancellation, the connection is dropped with what was in it.
+passwords), and speaks on it alone. Once redis-py has greeted the server, the bytes are ours: its own way
+to read a reply takes three times as long as all the rest of a round trip. Whenever a question does not
+end well, by an error, a timeout or a cancellation, the connection is dropped with what was in it, so that
+a reply can only be that of its question.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Final, Protocol, TypeAlias, cast
 
+import hiredis
 from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.connection import AbstractConnection
@@ -20,6 +24,7 @@ from redis.client import NEVER_DECODE
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
+    InvalidResponse,
     NoScriptError,
     RedisError,
     ResponseError,
@@ -28,6 +33,11 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from fsm_storage.backends.writing import Command
+
+Done: TypeAlias = Callable[[list[Any] | Exception], None]
+"""Gets a reply for each command; where Redis refused it, the error. Or why there are no replies."""
+
+_NOT_ALL: Final = object()
 
 
 class Wire(Protocol):
@@ -44,8 +54,64 @@ class Wire(Protocol):
         ...
 
 
-def wire_for(redis: Redis | RedisCluster) -> Wire:
+class LineWire(Wire, Protocol):
+    """A wire with a short way: once `ask` has connected, `line` can be asked without a coroutine."""
+
+    @property
+    def line(self) -> Line | None: ...
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds after which the client's settings call an answer late."""
+
+
+def wire_for(redis: Redis | RedisCluster) -> LineWire:
     return ClusterWire(redis) if isinstance(redis, RedisCluster) else SingleWire(redis)
+
+
+class Line(asyncio.Protocol):
+    """A connection that is open: questions go out as they come, answers come in the same order."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._reader = hiredis.Reader(
+            protocolError=InvalidResponse, replyError=_refusal, notEnoughData=_NOT_ALL
+        )
+        self._questions: deque[tuple[int, list[Any], Done]] = deque()
+        self.is_open = not transport.is_closing()
+        transport.set_protocol(self)
+
+    def ask(self, commands: Sequence[Command], done: Done) -> None:
+        """Send commands; `done` is called once, from the event loop or from `close`."""
+        packed = b"".join([hiredis.pack_command(command) for command in commands])
+        self._questions.append((len(commands), [], done))
+        self._transport.write(packed)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._reader.feed(data)
+            while self._questions:
+                count, replies, done = self._questions[0]
+                while len(replies) < count:
+                    reply = self._reader.gets()
+                    if reply is _NOT_ALL:
+                        return
+                    if not isinstance(reply, hiredis.PushNotification):
+                        replies.append(reply)
+                self._questions.popleft()
+                done(replies)
+        except RedisError as error:  # this is no RESP
+            self.close(error)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.close(error or RedisConnectionError("Redis closed the connection"))
+
+    def close(self, error: Exception) -> None:
+        """Drop the connection. Those who wait get `error`, the last one first."""
+        self.is_open = False
+        self._transport.abort()
+        while self._questions:
+            self._questions.pop()[2](error)
 
 
 class SingleWire:
@@ -56,49 +122,64 @@ class SingleWire:
     def __init__(self, redis: Redis) -> None:
         self._pool = redis.connection_pool
         self._connection: AbstractConnection | None = None
+        self._line: Line | None = None
+        self.patience: float | None = None
+
+    @property
+    def line(self) -> Line | None:
+        line = self._line
+        return line if line is not None and line.is_open else None
 
     async def ask(self, commands: Sequence[Command]) -> list[Any]:
-        connection = self._connection
-        if connection is None:
-            connection = self._connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
-            connection.retry = Retry(NoBackoff(), 0)  # who asks has a deadline, and tries again by itself
         try:
-            if not connection.is_connected:
-                await connection.connect()
-            await connection.send_packed_command(_packed(commands))
-            return [await _reply(connection) for _ in commands]
+            line = self.line or await self._connect()
+            answer: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+            line.ask(commands, lambda outcome: _settle(answer, outcome))
+            async with asyncio.timeout(self.patience):
+                replies = await answer
         except BaseException:
             await self.hang_up()
             raise
+        if any(isinstance(reply, ResponseError) and "READONLY" in str(reply) for reply in replies):
+            await self.hang_up()  # Sentinel may know of another master by now
+        return replies
+
+    async def _connect(self) -> Line:
+        await self.hang_up()
+        connection = self._connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+        connection.retry = Retry(NoBackoff(), 0)  # who asks has a deadline, and tries again by itself
+        await connection.connect()
+        self.patience = connection.socket_timeout
+        self._line = Line(connection._writer.transport)
+        return self._line
 
     async def hang_up(self) -> None:
         connection, self._connection = self._connection, None
+        line, self._line = self._line, None
+        if line is not None:
+            line.close(RedisConnectionError("the connection was dropped"))
         if connection is not None:
             await connection.disconnect(nowait=True)
 
 
-def _packed(commands: Sequence[Command]) -> bytes:
-    """Return commands as they go to Redis. redis-py's own packing takes three times as long for many arguments."""
-    pieces: list[bytes] = []
-    for command in commands:
-        pieces.append(b"*%d\r\n" % len(command))
-        for argument in command:
-            data = argument if isinstance(argument, bytes) else str(argument).encode()
-            pieces.append(b"$%d\r\n%b\r\n" % (len(data), data))
-    return b"".join(pieces)
+def _settle(answer: asyncio.Future[list[Any]], outcome: list[Any] | Exception) -> None:
+    if answer.done():
+        return
+    if isinstance(outcome, Exception):
+        answer.set_exception(outcome)
+    else:
+        answer.set_result(outcome)
 
 
-async def _reply(connection: AbstractConnection) -> Any:
-    try:
-        return await connection.read_response(disable_decoding=True)
-    except ResponseError as error:
-        return error
+def _refusal(text: str) -> ResponseError:
+    return NoScriptError(text) if text.startswith("NOSCRIPT") else ResponseError(text)
 
 
 class ClusterWire:
     """A Cluster: redis-py finds the node of each key, and follows it when it moves."""
 
     one_key = True
+    line = patience = None
 
     def __init__(self, redis: RedisCluster) -> None:
         self._redis = redis
@@ -131,7 +212,7 @@ def is_passing(error: BaseException) -> bool:
     """Say whether the same question may get an answer a little later."""
     if isinstance(error, AuthenticationError | AuthorizationError):
         return False
-    if isinstance(error, RedisConnectionError | RedisTimeoutError | OSError | TimeoutError):
+    if isinstance(error, RedisConnectionError | RedisTimeoutError | InvalidResponse | OSError | TimeoutError):
         return True
     # A script's error carries that of the command in its text. READONLY: a master became a replica.
     words = ("READONLY", "MASTERDOWN", "LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "UNBLOCKED")
