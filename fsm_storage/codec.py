@@ -184,7 +184,8 @@ class WireCodec(Codec):
     def detached(self, data: Mapping[str, Any], key: str) -> dict[str, Any]:
         """Return `data` as JSON gives it back, sharing nothing that can change. Raises what `encode` raises."""
         if self._is_default and isinstance(data, dict) and _is_flat(data):
-            if not any(map(_scalar_flaw, data.values())) and not any(map(text_flaw, data)):
+            has_flaw = any(map(_scalar_flaw, data.values())) or any(map(text_flaw, data))
+            if not has_flaw:
                 return dict(data)
         return self.decode(self.encode(data, key), key)
 

@@ -29,40 +29,42 @@ from fsm_storage.batching import Lane
 from fsm_storage.exceptions import RedisUnavailable, StorageClosed, StorageTimeout
 
 Op = TypeVar("Op")
+_Op = TypeVar("_Op", contravariant=True)
 
 logger = logging.getLogger("fsm_storage")
 
 _LONGEST_PAUSE = 0.5
 
 
-class Work(Protocol[Op]):
+class Work(Protocol[_Op]):
     """What operations are in Redis's words."""
 
-    def size(self, op: Op) -> int:
+    def size(self, op: _Op) -> int:
         """Return about how many bytes `op` is."""
         ...
 
-    def commands(self, ops: Sequence[Op], *, whole: bool = False) -> list[Command]:
+    def commands(self, ops: Sequence[_Op], *, whole: bool = False) -> list[Command]:
         """Return the commands for a batch. `whole`: with the text of the script. May be asked again."""
         ...
 
-    def conclude(self, ops: Sequence[Op], replies: Sequence[Any]) -> Sequence[Any]:
+    def conclude(self, ops: Sequence[_Op], replies: Sequence[Any]) -> Sequence[Any]:
         """Return a reply for each operation, an exception where one failed alone; raises where all did."""
         ...
 
 
-class _Flight(Generic[Op]):
-    """A batch on its short way."""
+class _Batch(Generic[Op]):
+    """Operations that go together, and who waits for them."""
 
-    __slots__ = ("batch", "ops", "sent_at")
+    __slots__ = ("futures", "ops", "sent_at")
 
-    def __init__(self, batch: list[tuple[Op, asyncio.Future[Any]]], sent_at: float) -> None:
-        self.batch, self.sent_at = batch, sent_at
-        self.ops = [op for op, _ in batch]
+    def __init__(self) -> None:
+        self.ops: list[Op] = []
+        self.futures: list[asyncio.Future[Any]] = []
+        self.sent_at = 0.0
 
 
 class Pipeline(Generic[Op]):
-    """Carries operations out in batches, in their order.
+    """Carries operations out in batches, in their order, one batch at a time.
 
     A batch that Redis did not take for a passing reason (it is away, it is loading, it has become a
     replica) is sent again, until nobody waits for it any more.
@@ -85,7 +87,7 @@ class Pipeline(Generic[Op]):
         self._lane = Lane(asyncio.get_running_loop(), self._give_up)
         self._queue: deque[tuple[Op, asyncio.Future[Any]]] = deque()
         self._room: deque[asyncio.Future[None]] = deque()
-        self._flights: deque[_Flight[Op]] = deque()
+        self._on_way: _Batch[Op] | None = None
         self._watch: asyncio.TimerHandle | None = None
         self._is_stirring = self._is_mending = False
         self._wake: asyncio.Future[None] | None = None
@@ -115,7 +117,7 @@ class Pipeline(Generic[Op]):
             raise StorageClosed
         future = self._lane.expect(deadline)
         self._queue.append((op, future))
-        if not self._is_stirring and not self._flights:
+        if not self._is_stirring and self._on_way is None:
             self._is_stirring = True
             self.loop.call_soon(self._stir)
         return future
@@ -165,62 +167,72 @@ class Pipeline(Generic[Op]):
             _set_done(self._wake)
         return None if self._worker is None or self._worker.done() else self._worker
 
-    def _take(self) -> list[tuple[Op, asyncio.Future[Any]]]:
-        batch: list[tuple[Op, asyncio.Future[Any]]] = []
-        queue, room, space = self._queue, self._batch_size, self._batch_bytes
+    def _take(self) -> _Batch[Op]:
+        batch: _Batch[Op] = _Batch()
+        queue, size, room, space = self._queue, self._work.size, self._batch_size, self._batch_bytes
         while queue and room > 0 and space > 0:
-            item = queue.popleft()
-            if item[1].done():  # nobody waits for it any more, and nothing has been done
+            op, future = queue.popleft()
+            if future.done():  # nobody waits for it any more, and nothing has been done
                 continue
-            batch.append(item)
+            batch.ops.append(op)
+            batch.futures.append(future)
             room -= 1
-            space -= self._work.size(item[0])
+            space -= size(op)
         if self._room:
             self._make_room(self._max_pending - len(queue))
         return batch
 
+    def _settle(self, batch: _Batch[Op], outcome: list[Any] | Exception) -> Exception | None:
+        """Hand out what came of the batch on its way.
+
+        If it should be sent again, put it back, in front of what waits, and return why.
+        """
+        self._on_way = None
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            replies = self._work.conclude(batch.ops, outcome)
+            self._trouble = None
+        except Exception as error:
+            if isinstance(error, NoScriptError) or is_passing(error):
+                self._queue.extendleft(zip(reversed(batch.ops), reversed(batch.futures), strict=True))
+                return error
+            logger.debug("a batch of %d operations failed as a whole", len(batch.ops), exc_info=error)
+            replies = [_refused(self._alias, error) for _ in batch.ops]
+        self._lane.deliver(list(zip(batch.futures, replies, strict=True)))
+        return None
+
     # The short way
 
     def _stir(self) -> None:
-        """Send what waits."""
+        """Send what waits, if nothing is on its way."""
         self._is_stirring = False
-        if self._is_mending:  # the worker stirs when it is done
+        if self._on_way is not None or self._is_mending:  # whose end stirs again
             return
         line = self._wire.line
         if line is None:
             self._call_worker()
             return
-        while self._queue:
-            batch = self._take()
-            if not batch:
-                return
-            flight = _Flight(batch, self.loop.time())
-            self._flights.append(flight)
-            if self._watch is None:
-                self._set_watch(self._limit)
-            line.ask(self._work.commands(flight.ops), partial(self._land, flight))
-
-    def _land(self, flight: _Flight[Op], outcome: list[Any] | Exception) -> None:
-        """Hand out the replies to a batch; or put it back, in front of what waits, for the worker."""
-        if flight not in self._flights:  # the worker has ended, and its callers were told
+        batch = self._take()
+        if not batch.ops:
             return
-        self._flights.remove(flight)
+        self._on_way, batch.sent_at = batch, self.loop.time()
+        if self._watch is None:
+            self._set_watch(self._limit)
+        land = partial(self._land, batch)
         try:
-            if isinstance(outcome, Exception):
-                raise outcome
-            replies = self._work.conclude(flight.ops, outcome)
-        except Exception as error:
-            if not isinstance(error, NoScriptError):
-                self._trouble = error
-            self._queue.extendleft(reversed(flight.batch))
-            self._call_worker()
+            line.ask(self._work.commands(batch.ops), land)
+        except Exception as error:  # nothing was sent
+            land(error)
+
+    def _land(self, batch: _Batch[Op], outcome: list[Any] | Exception) -> None:
+        if batch is not self._on_way:  # the worker was cancelled, and with it those who waited
             return
-        self._trouble = None
-        self._deliver(flight.batch, replies)
-        if self._queue:
-            self._stir()
-        elif self.closed and not self._flights:
+        error = self._settle(batch, outcome)
+        if error is not None or self.closed:
             self._call_worker()
+        elif self._queue:
+            self._stir()
 
     @property
     def _limit(self) -> float:
@@ -231,11 +243,11 @@ class Pipeline(Generic[Op]):
         self._watch = self.loop.call_later(seconds, self._look)
 
     def _look(self) -> None:
-        """Drop the connection if the oldest batch has no answer for too long. One timer serves all."""
+        """Drop the connection if a batch has no answer for too long. One timer serves all."""
         self._watch = None
-        if not self._flights:
+        if self._on_way is None:
             return
-        rest = self._flights[0].sent_at + self._limit - self.loop.time()
+        rest = self._on_way.sent_at + self._limit - self.loop.time()
         if rest > 0:
             self._set_watch(rest)
         elif (line := self._wire.line) is not None:
@@ -257,70 +269,54 @@ class Pipeline(Generic[Op]):
         try:
             while True:
                 await self._mend()
-                if self.closed and not self._queue and not self._flights:
+                if self.closed and not self._queue and self._on_way is None:
                     return
                 self._wake = self.loop.create_future()
                 await self._wake
                 self._wake = None
         except asyncio.CancelledError:  # the loop is ending, or `close` has waited long enough
-            for _, future in self._queue:
+            waiting = self._on_way.futures if self._on_way is not None else []
+            for future in [*waiting, *(future for _, future in self._queue)]:
                 future.cancel()
-            for flight in self._flights:
-                for _, future in flight.batch:
-                    future.cancel()
+            self._on_way = None
             self._queue.clear()
-            self._flights.clear()
             raise
         finally:
             self._wake = None
             if self._watch is not None:
                 self._watch.cancel()
+                self._watch = None
             await self._wire.hang_up()
 
     async def _mend(self) -> None:
         """Carry out what waits, until the short way is open."""
         self._is_mending = True
-        while self._queue:
-            await self._answer(self._take())
-            if self._wire.line is not None:
+        failures, whole = 0, False
+        while self._queue and self._on_way is None:
+            batch = self._take()
+            if not batch.ops:
                 break
+            self._on_way = batch
+            error = self._settle(batch, await self._ask(batch, whole=whole))
+            whole = isinstance(error, NoScriptError)  # a new server, or one after SCRIPT FLUSH
+            if error is None:
+                failures = 0
+                if self._wire.line is not None:
+                    break
+            elif not whole:
+                self._trouble = error
+                await self._pause(failures)
+                failures += 1
         self._is_mending = False
         if self._queue:
             self._stir()
 
-    async def _answer(self, batch: list[tuple[Op, asyncio.Future[Any]]]) -> None:
-        failures = 0
+    async def _ask(self, batch: _Batch[Op], *, whole: bool) -> list[Any] | Exception:
         try:
-            while batch:
-                try:
-                    async with asyncio.timeout(self._timeout):
-                        replies = await self._carry_out([op for op, _ in batch])
-                    self._trouble = None
-                except Exception as error:
-                    if is_passing(error):
-                        self._trouble = error
-                        await self._pause(failures)
-                        failures += 1
-                        batch = [item for item in batch if not item[1].done()]
-                        continue
-                    logger.debug("a batch of %d operations failed as a whole", len(batch), exc_info=error)
-                    replies = [_refused(self._alias, error) for _ in batch]
-                self._deliver(batch, replies)
-                return
-        except asyncio.CancelledError:
-            for _, future in batch:
-                future.cancel()
-            raise
-
-    async def _carry_out(self, ops: list[Op]) -> Sequence[Any]:
-        replies = await self._wire.ask(self._work.commands(ops))
-        try:
-            return self._work.conclude(ops, replies)
-        except NoScriptError:  # a new server, or one after SCRIPT FLUSH
-            return self._work.conclude(ops, await self._wire.ask(self._work.commands(ops, whole=True)))
-
-    def _deliver(self, batch: list[tuple[Op, asyncio.Future[Any]]], replies: Sequence[Any]) -> None:
-        self._lane.deliver([(future, reply) for (_, future), reply in zip(batch, replies, strict=True)])
+            async with asyncio.timeout(self._timeout):
+                return await self._wire.ask(self._work.commands(batch.ops, whole=whole))
+        except Exception as error:
+            return error
 
     async def _pause(self, failures: int) -> None:
         """Wait before the next try; not at the first failure, which is most often an idle connection's end."""
