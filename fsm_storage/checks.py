@@ -35,15 +35,18 @@ def check_storages(app_configs: Sequence[AppConfig] | None = None, **kwargs: Any
 
 _EXAMPLE = '{"default": {"BACKEND": "fsm_storage.DjangoStorage", "OPTIONS": {}}}'
 
+_REDIS_PACKAGES = {"redis": "redis-py", "hiredis": "hiredis"}
+
 
 def _check_alias(alias: str) -> list[CheckMessage]:
     try:
         backend, options = storages.configured(alias)
     except InvalidStorageError as error:
         missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
-        if missing and missing.partition(".")[0] == "redis":
+        package = _REDIS_PACKAGES.get(str(missing).partition(".")[0])
+        if package:
             hint = "pip install 'fsm_storage[redis]'"
-            return [Error(f"FSM_STORAGES[{alias!r}] needs redis-py.", hint=hint, id="fsm_storage.E030")]
+            return [Error(f"FSM_STORAGES[{alias!r}] needs {package}.", hint=hint, id="fsm_storage.E030")]
         code = "E002" if isinstance(error.__cause__, ImportError) else "E001"
         return [Error(str(error), hint=f"For example FSM_STORAGES = {_EXAMPLE}", id=f"fsm_storage.{code}")]
     if not isinstance(backend, type) or not issubclass(backend, BaseStorage):

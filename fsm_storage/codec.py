@@ -236,7 +236,9 @@ def outside_strings(text: str) -> list[str]:
 
 
 def _is_deep(text: str) -> bool:
-    return len(text) > MAX_DEPTH and text.count("{") + text.count("[") > MAX_DEPTH and _depth(text) > MAX_DEPTH
+    return (
+        len(text) > MAX_DEPTH and text.count("{") + text.count("[") > MAX_DEPTH and _depth(text) > MAX_DEPTH
+    )
 
 
 def _depth(text: str) -> int:

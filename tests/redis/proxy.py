@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from contextlib import suppress
 from typing import Self
 
@@ -11,11 +12,11 @@ class Proxy:
     """Passes bytes on between clients and a server on the loopback.
 
     `cut_after(n)`: end each line once n bytes of answers have passed, until `mend`. `hold` keeps answers
-    back until `mend`; what clients ask still reaches the server.
+    back until `mend`; what clients ask still reaches the server. With `context`, clients speak TLS.
     """
 
-    def __init__(self, port: int) -> None:
-        self._target = port
+    def __init__(self, port: int, context: ssl.SSLContext | None = None) -> None:
+        self._target, self._context = port, context
         self._limit: int | None = None
         self._free = asyncio.Event()
         self._free.set()
@@ -24,7 +25,7 @@ class Proxy:
         self.lines = 0
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._context)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 

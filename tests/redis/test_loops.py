@@ -118,6 +118,34 @@ async def test_closing_while_redis_is_away_ends(make: Make, own_redis: RedisServ
     assert all(isinstance(reply, RedisUnavailable | StorageTimeout) for reply in replies)
 
 
+async def test_closing_takes_no_longer_than_the_timeout(make: Make, proxy: Proxy) -> None:
+    """Also when first the writes wait for Redis, and then the mirror does."""
+    end = threading.Event()
+
+    class BusyMirror(threading.Thread):
+        def run(self) -> None:
+            end.wait()
+
+        def stop(self) -> None:
+            """Go on with what it is at."""
+
+    storage = make(proxy.url, timeout=1.0)
+    await storage.set_state(key_of(0), "a")
+    storage._mirroring = BusyMirror()
+    storage._mirroring.start()
+    proxy.hold()
+    write = asyncio.create_task(storage.set_state(key_of(1), "b"))
+    await asyncio.sleep(0)
+    started = time.monotonic()
+    await storage.close()
+    took = time.monotonic() - started
+    end.set()
+    proxy.mend()
+    assert took < 1.7
+    with pytest.raises(StorageTimeout):
+        await write
+
+
 def test_one_storage_in_many_loops_one_after_the_other(
     redis_url: str, raw: redis.Redis, key: StorageKey
 ) -> None:

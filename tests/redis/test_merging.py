@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -84,17 +85,52 @@ async def test_a_merge_and_a_write_at_once_are_in_some_order(
 
 
 async def test_a_write_of_another_client_in_between_is_not_lost(
-    make: Make, proxy: Proxy, raw: redis.Redis, key: StorageKey
+    storage: RedisStorage, raw: redis.Redis, key: StorageKey
 ) -> None:
-    storage = make(proxy.url)
+    """Whatever the storage saw there last: a value, a large one, its own, or nothing."""
+    large = "x" * 5000
+    assert await storage.get_data(key) == {}
     raw.set(DATA, '{"a": 1}')
-    assert await storage.get_data(key) == {"a": 1}
-    proxy.hold()
-    merge = asyncio.create_task(storage.update_data(key, {"b": 2}))
-    await asyncio.sleep(0.1)  # it has read, and its answer is on the way
+    assert await storage.update_data(key, {"b": 1}) == {"a": 1, "b": 1}
+    raw.set(DATA, '{"a": 2}')
+    assert await storage.update_data(key, {"b": 2}) == {"a": 2, "b": 2}
+    await storage.set_data(key, {"own": large})
     raw.set(DATA, '{"a": 3}')
-    proxy.mend()
-    assert await merge == {"a": 3, "b": 2}
+    assert await storage.update_data(key, {"b": 3}) == {"a": 3, "b": 3}
+    raw.set(DATA, json.dumps({"a": large}))
+    assert await storage.update_data(key, {"b": 4}) == {"a": large, "b": 4}
+    raw.delete(DATA)
+    assert await storage.update_data(key, {"b": 5}) == {"b": 5}
+    assert json.loads(raw.get(DATA)) == {"b": 5}
+
+
+async def test_a_merge_is_one_round_trip_where_nobody_else_writes(
+    storage: RedisStorage, raw: redis.Redis, key: StorageKey
+) -> None:
+    await storage.update_data(key, {"n": 0})
+
+    def asked() -> int:
+        stats = raw.info("commandstats")
+        return sum(stats[name]["calls"] for name in ("cmdstat_evalsha", "cmdstat_eval"))
+
+    before = asked()
+    for n in range(5):
+        await storage.update_data(key, {"n": n})
+    await storage.set_data(key, {"set": 1})
+    await storage.update_data(key, {"n": 6})
+    assert asked() - before == 7
+
+
+async def test_what_is_kept_to_guess_from_is_bounded(storage: RedisStorage) -> None:
+    merger = storage._side().merger
+    for n in range(5000):
+        merger.saw(f"fsm:{n}", b"{}")
+    merger.saw("fsm:904", b'{"a": 1}')  # the oldest of those that are left becomes the newest
+    merger.saw("fsm:5001", b"{}")
+    merger.saw("fsm:4000", b"x" * 5000)
+    assert len(merger._guesses) == 4095
+    assert "fsm:904" in merger._guesses
+    assert not {"fsm:905", "fsm:4000"} & set(merger._guesses)
 
 
 async def test_a_cancelled_leader_leaves_the_others_their_turn(

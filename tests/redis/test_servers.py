@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import ssl
 import subprocess
 import time
 import uuid
@@ -17,7 +19,8 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.sentinel import Sentinel
 
 from fsm_storage import RedisStorage
-from fsm_storage.exceptions import CorruptData, InvalidStorageError
+from fsm_storage.exceptions import CorruptData, InvalidStorageError, RedisUnavailable
+from tests.redis.proxy import Proxy
 from tests.redis.replay import replayed, stored
 from tests.redis.writers import key_of
 from tests.servers import RedisServer, free_port, redis_binary
@@ -105,6 +108,36 @@ async def test_a_unix_socket(socket_path: Path) -> None:
     with redis.Redis(unix_socket_path=str(socket_path), db=2) as raw:
         assert replayed(raw) == stored(raw)
     await storage.close()
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate for 127.0.0.1, and its key, in one file."""
+    file, key = tmp_path / "server.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*command.split(), *names, "-keyout", key, "-out", file], check=True, capture_output=True)
+    file.write_text(key.read_text() + file.read_text())
+    return file
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl to make a certificate")
+async def test_tls(own_redis: RedisServer, certificate: Path, key: StorageKey) -> None:
+    """Also when the line is cut, and with a value that takes many of TLS's records."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+    async with Proxy(own_redis.port, context) as proxy:
+        url = f"rediss://127.0.0.1:{proxy.port}/0?ssl_ca_certs={certificate}"
+        storage = RedisStorage.from_url(url, mirror="apart")
+        await exercise(storage)
+        proxy.cut()
+        await storage.set_data(key, {"large": "x" * 1_000_000})
+        assert await storage.get_data(key) == {"large": "x" * 1_000_000}
+        await storage.close()
+        stranger = RedisStorage.from_url(f"rediss://127.0.0.1:{proxy.port}/0", mirror=False, timeout=0.5)
+        with pytest.raises(RedisUnavailable, match="certificate"):
+            await stranger.get_state(key)
+        await stranger.close()
 
 
 async def test_a_client_that_decodes(redis_url: str, key: StorageKey) -> None:

@@ -105,16 +105,18 @@ def test_keys_that_drop_a_part_are_flagged_where_several_storages_are() -> None:
     assert [message.id for message in found] == ["fsm_storage.W030"] * 2
 
 
-def test_without_redis_py_a_check_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "redis"]:
-        monkeypatch.delitem(sys.modules, name)
-    for name in [name for name in sys.modules if name.startswith("fsm_storage.backends.redis")]:
+@pytest.mark.parametrize(("module", "package"), [("redis", "redis-py"), ("hiredis", "hiredis")])
+def test_without_a_package_a_check_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, module: str, package: str
+) -> None:
+    ours = ("fsm_storage.backends.redis", "fsm_storage.backends.wire")
+    for name in [name for name in sys.modules if name.split(".")[0] == module or name.startswith(ours)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delitem(sys.modules, "aiogram.fsm.storage.redis", raising=False)
-    monkeypatch.setitem(sys.modules, "redis", None)
+    monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(fsm_storage.__dict__, "RedisStorage", raising=False)
     ((check, text, hint),) = messages(url=URL)
-    assert (check, text) == ("fsm_storage.E030", "FSM_STORAGES['default'] needs redis-py.")
+    assert (check, text) == ("fsm_storage.E030", f"FSM_STORAGES['default'] needs {package}.")
     assert "pip install" in hint
 
 
