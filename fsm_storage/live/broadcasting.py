@@ -76,8 +76,7 @@ class Broadcaster:
 
     def _work(self) -> None:
         pause = EVERY
-        with asyncio.Runner() as runner:
-            runner.get_loop().set_default_executor(_Here())
+        with asyncio.Runner(loop_factory=_Loop) as runner:
             while message := self._next():
                 try:
                     self._send(runner, message)
@@ -118,11 +117,22 @@ class Broadcaster:
             runner.run(asyncio.wait_for(layer.group_send(GROUP, message), TIMEOUT))
 
 
-class _Here(ThreadPoolExecutor):
-    """Does the work in the calling thread: no pool takes any once the interpreter is ending.
+class _Loop(asyncio.SelectorEventLoop):
+    """A loop that needs no other thread: none starts once the interpreter is ending.
 
     A loop resolves host names in its pool, and a command's only hint may come at its very end.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_default_executor(_Here())
+
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as in asyncio
+        """Nothing to wait for. asyncio would in a thread, which Python 3.12 refuses to start."""
+
+
+class _Here(ThreadPoolExecutor):
+    """Does the work in the calling thread."""
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()

@@ -49,12 +49,13 @@ def run_and_kill(database: str, launcher: Launcher, notes: Path, expiries: int) 
     """Three processes handle, one of them is killed on the way; a fourth renews every tenth chat."""
     renewed = list(range(5, expiries, 10))
     handlers = [launcher.start("handle_expiries", database, str(notes), 1, LEASE, 0.01) for _ in range(3)]
-    launcher.start("renew_expired", database, str(notes), renewed[::-1])
+    renewer = launcher.start("renew_expired", database, str(notes), renewed[::-1])
     try:
         victim = handlers[1]
         wait_for(lambda: sum(handled(notes).values()) > expiries // 4 and has_worked(notes, victim), 60)
         launcher.kill(victim)
         wait_for(lambda: overdue(database) == 0, 100)
+        assert launcher.wait(renewer) == 0
     finally:
         for pid in (handlers[0], handlers[2]):
             launcher.kill(pid)
