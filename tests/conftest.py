@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -22,8 +22,11 @@ from django.db import connections
 
 from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.conf import storages
+from fsm_storage.isolation import DjangoEventIsolation
 from tests.loop_watch import watched_loop
 from tests.servers import Mariadb, Postgres, RedisServer, missing_for_mariadb
+
+pytest.register_assert_rewrite("tests.contract")
 
 MAX_LOOP_GAP = 0.5
 """Shared machines stand still for 0.2 s by themselves; a test of a promise marks its own limit."""
@@ -179,6 +182,20 @@ def make_storage(database: str) -> Callable[..., DjangoStorage]:
 @pytest.fixture
 def storage(make_storage: Callable[..., DjangoStorage]) -> DjangoStorage:
     return make_storage()
+
+
+@pytest.fixture
+async def isolate(storage: Any) -> AsyncIterator[Callable[..., DjangoEventIsolation]]:
+    """Make isolations on `storage`, each an owner of its own, as in processes of their own."""
+    made: list[DjangoEventIsolation] = []
+
+    def make(**options: Any) -> DjangoEventIsolation:
+        made.append(DjangoEventIsolation(storage=storage, **options))
+        return made[-1]
+
+    yield make
+    for isolation in made:
+        await isolation.close()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from fsm_storage import DjangoEventIsolation, DjangoStorage, Expired, Expiry, Le
 from fsm_storage.exceptions import StorageTimeout
 from fsm_storage.leases import LeaseKeeper
 from fsm_storage.lifecycle import runner
-from tests.notes import notes
+from tests.notes import meet, notes
 
 
 def key_of(chat: int) -> StorageKey:
@@ -152,6 +152,7 @@ def take_turns(
             await asyncio.sleep(0)
 
     async def main() -> None:
+        meet(path, who, "ab")
         storage = DjangoStorage(database, database=database)
         isolation = DjangoEventIsolation(storage=storage)
         if owner is not None:

@@ -18,7 +18,7 @@ from aiogram.fsm.storage.base import BaseStorage, StorageKey
 from aiogram.fsm.storage.redis import RedisStorage as AiogramStorage
 
 from fsm_storage import DjangoEventIsolation, LeaseLost, LeaseTimeout, RedisStorage
-from tests.notes import notes
+from tests.notes import meet, notes
 
 
 def key_of(chat: int) -> StorageKey:
@@ -118,6 +118,7 @@ def take_turns(url: str, path: str, who: str, seconds: str, tasks: str, owner: s
             await asyncio.sleep(0)
 
     async def main() -> None:
+        meet(path, who, "ab")
         storage = RedisStorage.from_url(url, mirror=False)
         isolation = DjangoEventIsolation(storage=storage)
         if owner:
@@ -140,11 +141,12 @@ def hold_for_ever(url: str, path: str, lease: str) -> None:
         isolation = DjangoEventIsolation(storage=storage, lease=float(lease))
         try:
             async with isolation.lock(key_of(1)):
+                note(f"entered {time.monotonic_ns()}")
                 n = 0
                 while True:
                     n += 1
                     await storage.set_data(key_of(1), {"n": n})
-                    note(f"wrote {n} {time.monotonic_ns()}")
+                    note(f"wrote {n}")
                     await asyncio.sleep(0.01)
         except LeaseLost as error:
             note(f"lost {error.key}")
