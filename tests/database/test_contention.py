@@ -48,7 +48,7 @@ def held_sql(held: str, database: str) -> str:
 async def test_a_held_record_stops_its_own_writes_only(
     make_storage: Callable[..., DjangoStorage], other: OtherSession, database: str, held: str, history: str
 ) -> None:
-    storage = make_storage(history=history, timeout=2.0)
+    storage = make_storage(history=history, timeout=20.0)
     await asyncio.gather(*(storage.set_state(chat(n), "before") for n in range(10)))
     other.execute(held_sql(held, database))
     blocked = asyncio.create_task(storage.set_state(chat(77 if held == "insert" else 3), "after"))
@@ -56,7 +56,7 @@ async def test_a_held_record_stops_its_own_writes_only(
     began = time.monotonic()
     await asyncio.gather(*(storage.set_state(chat(n), "after") for n in free))
     await asyncio.gather(*(storage.update_data(chat(n), {"n": n}) for n in free))
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 10
     assert not blocked.done()
     other.rollback()
     await blocked
@@ -72,7 +72,7 @@ async def test_a_record_that_stays_held_is_a_clear_error_within_the_timeout(
     began = time.monotonic()
     with pytest.raises(StorageTimeout):
         await storage.set_state(chat(3), "after")
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 5
     other.rollback()
     await storage.set_state(chat(3), "later")
     assert await storage.get_state(chat(3)) == "later"

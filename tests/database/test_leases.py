@@ -270,7 +270,7 @@ async def test_a_lease_is_lost_in_time_while_the_database_is_away(
     assert lease
     with statements.held():
         await eventually(lambda: told)
-    assert 0 <= told[0] - lease.deadline < 0.4
+    assert 0 <= told[0] - lease.deadline < 2
 
 
 async def test_a_cancelled_caller_leaves_no_lease_behind(

