@@ -69,13 +69,22 @@ class Postgres:
                 connection.execute(sql)
 
     def start(self) -> None:
+        """Start it, and again where it finds leftovers of the last kill and gives up by itself."""
         deadline = time.monotonic() + _PATIENCE
         self._server.ensure_postgres_running()
-        while not psutil.pid_exists(self.pid):  # the file with the pid may still be the killed one's
+        while not self._answers():
             if time.monotonic() > deadline:
                 raise TimeoutError("PostgreSQL did not start")
             time.sleep(0.05)
-            self._server.ensure_postgres_running()
+            if not psutil.pid_exists(self.pid):  # the file with the pid may still be the killed one's
+                self._server.ensure_postgres_running()
+
+    def _answers(self) -> bool:
+        try:
+            psycopg.connect(self.dsn("postgres")).close()
+        except psycopg.OperationalError:
+            return False
+        return True
 
     def stop(self) -> None:
         """Stop it as an operator does: sessions are ended, nothing is lost."""

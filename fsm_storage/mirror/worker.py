@@ -47,6 +47,8 @@ MEASURE_EVERY = 10.0
 MISSED_EVERY = 1.0
 RETRY_SECONDS = 1.0
 COMPLAIN_EVERY = 60.0
+REST_SECONDS = 0.05
+"""How long a mirror that keeps up rests at the most between two batches; it rests as long as the batch took."""
 LAST_SECONDS = 2.0
 """How long a mirror that is stopped goes on, if there is something left in the outbox."""
 
@@ -165,7 +167,12 @@ class Mirror:
             ends = until_empty or self._stopping.is_set()
             found = await self._read(stream, start, waits=start == ">" and not ends)
             if found.entries:
+                began = time.monotonic()
                 await self._carry_out(stream, lease, found.entries, Clock(found.now_ms, ahead))
+                if (
+                    found.all_until is not None and not ends
+                ):  # let some more gather: many cost little more than one
+                    await self._pause(min(time.monotonic() - began, REST_SECONDS))
             elif start == "0":
                 start = ">"
                 continue
