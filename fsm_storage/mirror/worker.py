@@ -135,6 +135,10 @@ class Mirror:
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
+    async def _ask(self, question: Callable[[RedisStorage], T]) -> T:
+        """Ask the database something through the ORM, and again while it fails for a moment."""
+        return await self._in_thread(self._table.retried, partial(question, self.storage))
+
     def _complain(self, error: Exception) -> None:
         """Log why it waits: once, and again after a while, for as long as the reason is the same."""
         now = time.monotonic()
@@ -193,7 +197,7 @@ class Mirror:
 
     async def _make_group(self, stream: Stream) -> None:
         if await stream.make_group():
-            await stream.go_on_behind(await self._in_thread(newest_version, self.storage))
+            await stream.go_on_behind(await self._ask(newest_version))
 
     async def _is_empty(self, wire: Wire) -> bool:
         alias = self.storage.alias
@@ -235,7 +239,7 @@ class Mirror:
             return self._ahead
         self._measure_at = now + MEASURE_EVERY
         before = await _redis_time(wire)
-        there = await self._in_thread(database_time, self.storage)
+        there = await self._ask(database_time)
         after = await _redis_time(wire)
         measured, doubt = there - (before + after) / 2, (after - before) / 2
         if self._ahead is None or abs(measured - self._ahead) > doubt:
