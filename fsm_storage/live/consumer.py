@@ -38,7 +38,8 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
     that one. It sends `changed`, at most every `EVERY` seconds, `present`, and `error`.
     """
 
-    async def connect(self) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._watched: tuple[str, str] | None = None
         self._is_watching = False
         self._records: dict[tuple[str, str], int | None] = {}
@@ -47,6 +48,25 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._others: dict[str, tuple[Any, str, float]] = {}
         self._names: list[str] = []
+        self._user_id = self._name = ""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve a page until it is gone. However that ends, nothing of it goes on.
+
+        Channels calls `disconnect` only when the page's farewell is the next thing that it reads: not when an
+        answer to a page that has just gone raises, nor when the layer does.
+        """
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for task in list(self._tasks.values()):
+                task.cancel()
+            if self._user_id:  # it had joined
+                farewell = asyncio.create_task(self._say_farewell())
+                _farewells.add(farewell)
+                farewell.add_done_callback(_farewells.discard)
+
+    async def connect(self) -> None:
         user = await self._viewer()
         if user is None or self.channel_layer is None:
             await self.close()
@@ -56,19 +76,6 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
         await self._join(GROUP)
         await self.accept()
         self._tasks["watch"] = asyncio.create_task(self._look_after())
-
-    async def disconnect(self, code: int) -> None:
-        for task in list(self._tasks.values()):
-            if task is not asyncio.current_task():
-                task.cancel()
-        if self.channel_layer is None:
-            return
-        await self.channel_layer.group_discard(GROUP, self.channel_name)
-        if self._watched is not None:
-            await self.channel_layer.group_discard(_room(*self._watched), self.channel_name)
-            farewell = asyncio.create_task(self._say_farewell())
-            _farewells.add(farewell)
-            farewell.add_done_callback(_farewells.discard)
 
     async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
         try:
@@ -174,9 +181,12 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
 
     async def _say_farewell(self) -> None:
         """Tell the others, when this consumer has ended: channels_redis loses what it fetches for one that ends."""
-        await asyncio.sleep(EVERY)
         with suppress(Exception):  # without it they forget this page a little later
-            await self._greet(leaves=True)
+            await self.channel_layer.group_discard(GROUP, self.channel_name)
+            if self._watched is not None:
+                await self.channel_layer.group_discard(_room(*self._watched), self.channel_name)
+                await asyncio.sleep(EVERY)
+                await self._greet(leaves=True)
 
     async def _say_who_is_present(self) -> None:
         names = sorted({name for user_id, name, _at in self._others.values() if user_id != self._user_id})
@@ -185,7 +195,8 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
             await self._say({"type": "present", "names": names})
 
     async def _say(self, message: dict[str, Any]) -> None:
-        await self.send(text_data=json.dumps(message))
+        with suppress(OSError):  # what a server raises when the page has gone (ASGI 2.4); that it has, is read next
+            await self.send(text_data=json.dumps(message))
 
 
 class _Session(dict[str, Any]):

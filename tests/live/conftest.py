@@ -29,7 +29,18 @@ class Browser(ApplicationCommunicator):
             "headers": headers,
             "subprotocols": [],
         }
-        super().__init__(application, scope)
+        self.error: Exception | None = None
+        """What the server raises when something is sent to this page: it has gone, and that was not read yet."""
+
+        async def served(scope: Any, receive: Any, send: Any) -> None:
+            async def send_to_page(message: Any) -> None:
+                if self.error:
+                    raise self.error
+                await send(message)
+
+            await application(scope, receive, send_to_page)
+
+        super().__init__(served, scope)
 
     async def connect(self) -> bool:
         await self.send_input({"type": "websocket.connect"})

@@ -182,6 +182,19 @@ async def test_people_who_look_at_one_conversation_see_each_other(connect: Any) 
     assert (await ann.heard("present"))["names"] == []
 
 
+@pytest.mark.parametrize("error", [OSError("the page has gone"), RuntimeError("something else")])
+async def test_a_page_that_goes_while_it_is_told_something_is_gone(connect: Any, error: Exception) -> None:
+    place = {"alias": "default", "key": "k"}
+    ann, bob = await connect("ann", **place), await connect("bob", **place)
+    assert (await ann.heard("present"))["names"] == ["bob"]
+    assert (await bob.heard("present"))["names"] == ["ann"]
+    bob.error = error
+    await connect("cleo", **place)  # of whom bob is told
+    assert (await ann.heard("present"))["names"] == ["bob", "cleo"]
+    await bob.send_input({"type": "websocket.disconnect", "code": 1001})
+    assert (await ann.heard("present"))["names"] == ["cleo"]
+
+
 async def test_ones_own_other_tab_is_nobody_else(connect: Any) -> None:
     first = await connect("ann", alias="default", key="k")
     second = await connect("ann", alias="default", key="k")

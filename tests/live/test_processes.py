@@ -14,6 +14,7 @@ from django.conf import settings
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from fsm_storage.live.consumer import RECHECK
 from fsm_storage.models import FSMRecord
 from tests.live.conftest import cookie_of, make_user
 from tests.servers import RedisServer, Site, finish_child, run_python, start_child
@@ -62,8 +63,8 @@ def open_socket(site: Site, cookie: str = "", path: str = "/ws/fsm_storage/") ->
     return connect(site.url.replace("http:", "ws:") + path, additional_headers=headers, open_timeout=20)
 
 
-def heard(socket: ClientConnection) -> dict[str, Any]:
-    message: dict[str, Any] = json.loads(socket.recv(timeout=20))
+def heard(socket: ClientConnection, timeout: float = 20) -> dict[str, Any]:
+    message: dict[str, Any] = json.loads(socket.recv(timeout=timeout))
     return message
 
 
@@ -136,3 +137,13 @@ def test_strangers_are_refused(transactional_db: None, site: Site) -> None:
     cookie = cookie_of(make_user("eve"))
     with pytest.raises(InvalidStatus, match="403"), open_socket(site, cookie):
         pass
+
+
+def test_people_in_different_tabs_see_each_other(dial: Any) -> None:
+    """Also when the one who leaves is being told of the other. A message that the layer loses only delays it."""
+    ann, longest = dial("ann"), 5 * RECHECK
+    for _ in range(5):
+        bob = dial("bob")
+        assert heard(ann, longest) == {"type": "present", "names": ["bob"]}
+        bob.close()
+        assert heard(ann, longest) == {"type": "present", "names": []}
