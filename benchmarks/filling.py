@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from django.db import connection
+from django.db import connection, connections
 from django.db.backends.utils import CursorWrapper
 
 _ROLLUP_TABLES = (
@@ -111,9 +111,9 @@ $$
 """
 
 
-def fill_records(rows: int) -> None:
+def fill_records(rows: int, using: str = "default") -> None:
     """Make so many records anew."""
-    with _filling("fsm_storage_record") as cursor:
+    with _filling("fsm_storage_record", using) as cursor:
         for start in range(1, rows + 1, 1_000_000):
             cursor.execute(_RECORDS, [start, min(start + 999_999, rows)])
 
@@ -155,14 +155,14 @@ def rollups() -> list[tuple[object, ...]]:
 
 
 @contextmanager
-def _filling(table: str) -> Iterator[CursorWrapper]:
+def _filling(table: str, using: str = "default") -> Iterator[CursorWrapper]:
     """Empty a table, and give what fills it: a cursor, and the functions of chance; its indexes come afterwards."""
-    with connection.cursor() as cursor:
+    with connections[using].cursor() as cursor:
         cursor.execute(f"TRUNCATE {table}")
         cursor.execute(_FLOWS)
         cursor.execute("SET work_mem = '512MB'")
         cursor.execute("SET maintenance_work_mem = '1GB'")
-        with _without_indexes(table):
+        with _without_indexes(table, using):
             yield cursor
         cursor.execute("DROP FUNCTION pg_temp.flow, pg_temp.chance")
         cursor.execute("RESET work_mem")
@@ -170,9 +170,9 @@ def _filling(table: str) -> Iterator[CursorWrapper]:
 
 
 @contextmanager
-def _without_indexes(table: str) -> Iterator[None]:
+def _without_indexes(table: str, using: str) -> Iterator[None]:
     """Drop what is no constraint, and make it again: a tenth of the time."""
-    with connection.cursor() as cursor:
+    with connections[using].cursor() as cursor:
         cursor.execute(
             "SELECT indexname, indexdef FROM pg_indexes WHERE tablename = %s AND indexname NOT IN"
             " (SELECT conname FROM pg_constraint)",

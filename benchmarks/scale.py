@@ -1,14 +1,13 @@
 """Pages and operations on a large PostgreSQL: `python -m benchmarks.scale [--rows N] [--keep FOLDER]`.
 
-Every page is asked for through Django's test client, rendered whole, by a superuser; every operation goes
-through a storage with 64 chats at a time. The same is measured on 10,000 rows and on N. Besides the time that
-passed, the processor time of this process and of the server's is taken, which others on the machine change less.
+Every page is asked for through Django's test client, rendered whole, by a superuser. The same is measured on 10,000
+rows and on N. Besides the time that passed, the processor time of this process and of the server's is taken, which
+others on the machine change less. Operations are measured by `benchmarks.scale_operations`.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import random
 import statistics
@@ -24,7 +23,6 @@ from benchmarks.servers import postgres_server
 
 BASE = 10_000
 RUNS = 7
-CHATS, SECONDS = 64, 5.0
 BY_HAND = 100_000
 """Up to so many transitions are also rolled up as the sweep does, and the sums compared."""
 LIST = "/admin/fsm_storage/fsmrecord/"
@@ -54,10 +52,9 @@ PAGES = {
 
 
 class Measured(NamedTuple):
-    """What one size gave: milliseconds (median, worst, processor) of each page, operations/s, seconds of each task."""
+    """What one size gave: milliseconds (median, worst, processor) of each page, seconds of each task."""
 
     pages: dict[str, tuple[float, float, float]]
-    operations: dict[str, float]
     tasks: dict[str, float]
 
 
@@ -72,8 +69,12 @@ def main() -> None:
         from django.core.management import call_command
 
         call_command("migrate", verbosity=0)
+        from benchmarks import scale_operations
+
         sizes = [options.rows] if options.again else [BASE, options.rows]
-        _report({rows: _measure(rows, gin=options.gin, again=options.again) for rows in sizes})
+        results = {rows: _measure(rows, gin=options.gin, again=options.again) for rows in sizes}
+        scale_operations.make_small(BASE)
+        _report(results, scale_operations.measure({"small": BASE, "default": options.rows}))
 
 
 def _options() -> argparse.Namespace:
@@ -121,8 +122,7 @@ def _measure(rows: int, *, gin: bool, again: bool) -> Measured:
             timed("index on the data", lambda: cursor.execute(statement))
         cursor.execute("VACUUM ANALYZE")
     pages = _pages(rows)
-    connection.close()
-    return Measured(pages, asyncio.run(_operations(rows)), tasks)
+    return Measured(pages, tasks)
 
 
 def _pages(rows: int) -> dict[str, tuple[float, float, float]]:
@@ -158,38 +158,7 @@ def _processor_time() -> float:
     return time.process_time() + (int(status[11]) + int(status[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def _operations(rows: int) -> dict[str, float]:
-    """Return operations/s of a handler's work on random conversations out of `rows`."""
-    from aiogram.fsm.storage.base import StorageKey
-
-    from fsm_storage import DjangoStorage
-
-    rates = {}
-    for history in ("off", "states"):
-        storage = DjangoStorage(history=history)
-        done = 0
-        ends = time.perf_counter() + SECONDS
-
-        async def chat(seed: int, storage: DjangoStorage = storage, ends: float = ends) -> int:
-            chance, count = random.Random(seed), 0
-            while time.perf_counter() < ends:
-                number = chance.randrange(1, rows)
-                key = StorageKey(bot_id=42, chat_id=number, user_id=number)
-                await storage.get_state(key)
-                await storage.set_state(key, f"Order:{chance.choice(['item', 'size', 'amount'])}")
-                await storage.update_data(key, {"amount": count})
-                await storage.get_data(key)
-                count += 4
-            return count
-
-        began = time.perf_counter()
-        done = sum(await asyncio.gather(*map(chat, range(CHATS))))
-        rates[f"operations/s, history {history}"] = done / (time.perf_counter() - began)
-        await storage.close()
-    return rates
-
-
-def _report(results: dict[int, Measured]) -> None:
+def _report(results: dict[int, Measured], operations: list[list[str]]) -> None:
     small, (rows, large) = next(iter(results.values())), list(results.items())[-1]
     lines = [f"{name}: {value}" for name, value in machine()]
     lines += ["", f"| | {BASE:,} rows: processor | {rows:,} rows: processor | median | worst of {RUNS} |"]
@@ -198,11 +167,9 @@ def _report(results: dict[int, Measured]) -> None:
         lines.append(
             f"| {name} | {small.pages[name][2]:.0f} ms | {busy:.0f} ms | {median:.0f} ms | {worst:.0f} ms |"
         )
-    lines += ["", f"| | {BASE:,} rows | {rows:,} rows | |", "|---|---:|---:|---:|"]
-    for name, rate in large.operations.items():
-        lines.append(
-            f"| {name} | {small.operations[name]:,.0f} | {rate:,.0f} | {small.operations[name] / rate:.2f}× |"
-        )
+    lines += ["", f"| operations | {BASE:,} rows | {rows:,} rows | of the time | of the processor time |"]
+    lines += ["|---|---:|---:|---:|---:|"]
+    lines += [f"| {' | '.join(cells)} |" for cells in operations]
     lines += ["", *(f"{name}: {seconds:,.0f} s" for name, seconds in large.tasks.items())]
     sys.stdout.write("\n".join(lines) + "\n")
 

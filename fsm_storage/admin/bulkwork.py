@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from django.db import OperationalError, router, transaction
 
 from fsm_storage.admin.bulk import ACTIONS, UNDO, Action, Impossible, effective, undoing
+from fsm_storage.admin.errors import told
 from fsm_storage.admin.forms import Changes
 from fsm_storage.admin.log import logged, noted
 from fsm_storage.conf import storages
@@ -104,7 +105,7 @@ def work(bulk: FSMBulk, arguments: dict[str, Any], user: Any, rights: Rights, se
         try:
             worker.carry_out(items)
         except (OperationalError, StorageTimeout, StorageUnavailable) as error:
-            raise Stopped(str(error)) from error
+            raise Stopped(told(error)) from error
         if time.monotonic() >= deadline:
             return
 
@@ -150,7 +151,7 @@ class Worker:
             else:
                 changes = self.action.choose(record, self.arguments, self.rights)
         except Impossible as error:
-            return Verdict(Outcome.FAILED, str(error))
+            return Verdict(Outcome.FAILED, told(error))
         changes = effective(record, changes)
         return Task(item, record, changes) if changes else Verdict(Outcome.UNCHANGED)
 
@@ -170,7 +171,7 @@ class Worker:
             elif isinstance(error, VersionConflict):
                 self._change_again(tasks[0].item)
             else:
-                _settle(tasks[0].item, Verdict(Outcome.FAILED, str(error)))
+                _settle(tasks[0].item, Verdict(Outcome.FAILED, told(error)))
 
     def _change_again(self, item: FSMBulkItem) -> None:
         """Do one that the bot was quicker with: read under its lock, so that it cannot move on once more.
@@ -196,7 +197,7 @@ class Worker:
         except (StorageTimeout, StorageUnavailable):
             raise
         except FSMStorageError as error:
-            _settle(item, Verdict(Outcome.FAILED, str(error)))
+            _settle(item, Verdict(Outcome.FAILED, told(error)))
 
     def _claim(self, items: Sequence[FSMBulkItem]) -> None:
         """Take the items, in the transaction that changes their records. Raises `_Taken` if somebody has."""

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
+from django.contrib import messages
 from django.contrib.admin.views.main import PAGE_VAR, ChangeList
 from django.core.paginator import Paginator
 from django.db.models import QuerySet
 from django.http import HttpRequest
 from django.utils.functional import cached_property
+from django.utils.translation import gettext as _
 
 from fsm_storage.admin.presentation import with_names
+from fsm_storage.admin.timelimit import TookTooLong, time_limit
 
 COUNT_LIMIT = 1000
 PAGES_AHEAD = 3
+SEARCH_SECONDS = 3
+"""For which a database may look for the conversations of a page. A value in the data has no index by itself."""
 DEEPEST_PAGE = 10_000
 """Further back, filters lead to the place; a database counts its way to such a page row by row."""
 
@@ -87,11 +92,32 @@ class BoundedChangeList(_ChangeList):
 
 class RecordChangeList(BoundedChangeList):
     deferred = ("data",)
+    was_stopped = False
+    """Whether the database took too long, so that it is not known what there is."""
 
     def get_results(self, request: HttpRequest) -> None:
-        """Find the names of all chats and users of the page with one query."""
-        super().get_results(request)
-        with_names(self.result_list)
+        """Find the conversations within `SEARCH_SECONDS`, and the names of their chats and users with one query."""
+        try:
+            with time_limit(self.queryset.db, SEARCH_SECONDS):
+                super().get_results(request)
+                with_names(self.result_list)
+        except TookTooLong:
+            self.was_stopped = True
+            self.queryset = self.queryset.none()
+            super().get_results(request)
+            messages.error(request, _stopped(self.query))
+
+
+def _stopped(query: str) -> str:
+    """Say what was stopped, and what to do."""
+    if "=" not in query:
+        return _(
+            "The database took more than %(seconds)d seconds, and was stopped: choose fewer filters."
+        ) % {"seconds": SEARCH_SECONDS}
+    return _(
+        "The search took more than %(seconds)d seconds, and was stopped: for a value in the data, every conversation "
+        "has to be read. Add a chat or user id or a name to it; or ask your developers for the index on the data."
+    ) % {"seconds": SEARCH_SECONDS}
 
 
 class TransitionChangeList(BoundedChangeList):

@@ -15,6 +15,7 @@ from django.utils.decorators import method_decorator
 from django.utils.translation import gettext as _
 from django.views.decorators.csrf import csrf_exempt, csrf_protect
 
+from fsm_storage.admin.errors import told
 from fsm_storage.admin.forms import Changes, RecordForm
 from fsm_storage.admin.jsontext import compact
 from fsm_storage.admin.log import logged, noted
@@ -130,7 +131,7 @@ class EditingMixin(Base):
             newer = self._find(request, str(record.pk))
             return self._gone(request, "") if newer is None else self._save(request, newer, form, tries - 1)
         except FSMStorageError as error:
-            form.add_error(_field_at_fault(error, form), str(error))
+            form.add_error(_field_at_fault(error, form), told(error))
             return self._render(request, record, form)
         except OperationalError as error:
             form.add_error(None, _("The database did not take the change: %(error)s") % {"error": error})

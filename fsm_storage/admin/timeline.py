@@ -23,6 +23,8 @@ from fsm_storage.rights import HIDDEN, Mask
 PAGE = 50
 MAX_KEYS = 50
 MAX_TEXT = 300
+LOG_LIMIT = 50_000
+"""As many entries of the log are looked through; transitions are found by an index, and have no such limit."""
 MIRRORED_WITHIN = timedelta(minutes=1)
 _NEWEST = 2**63 - 1
 
@@ -87,7 +89,7 @@ class Page(NamedTuple):
 
 
 def timeline(record: FSMRecord, mask: Mask, before: Cursor | None = None) -> Page:
-    """Return a page of the record's changes. Two bounded queries, whatever the number of changes."""
+    """Return a page of the record's changes. Three bounded queries, whatever the number of changes."""
     before = before or Cursor()
     transitions = list(FSMTransition.objects.of(record).filter(id__lt=before.transition)[: PAGE + 1])
     entries = list(_entries(record).filter(id__lt=before.entry)[: PAGE + 1])
@@ -103,9 +105,14 @@ def timeline(record: FSMRecord, mask: Mask, before: Cursor | None = None) -> Pag
 
 
 def _entries(record: FSMRecord) -> Any:
+    """Return the log's entries of the record, newest first, among the last `LOG_LIMIT` of the log.
+
+    Django's log has no index on its objects, and grows with all that the staff does in the whole project.
+    """
     kind = ContentType.objects.get_for_model(FSMRecord)
-    found = LogEntry.objects.filter(content_type=kind, object_id=str(record.pk)).select_related("user")
-    return found.order_by("-id")
+    newest = LogEntry.objects.order_by("-id").values_list("id", flat=True).first() or 0
+    found = LogEntry.objects.filter(id__gt=newest - LOG_LIMIT, content_type=kind, object_id=str(record.pk))
+    return found.select_related("user").order_by("-id")
 
 
 def _merged(transitions: Sequence[FSMTransition], entries: Sequence[LogEntry]) -> list[Event]:

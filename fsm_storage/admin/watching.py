@@ -31,7 +31,7 @@ BACKGROUND = "X-FSM-Background"
 GONE = "gone"
 """The mark of a conversation that is not in the database any more."""
 
-LIST_PARTS = "#result_list > tbody, .fsm-count"
+LIST_PARTS = "#result_list, .fsm-count"  # the table: Unfold gives each row a tbody of its own
 RECORD_PARTS = "#fsm-lease, .fsm-facts, #fsm-state-now, .fsm-expiry-line > .fsm-now, #fsm-data-now, #timeline"
 MAP_PARTS = ".fsm-map-frame > .fsm-map, .fsm-tables tbody"
 """Which elements the script renews, by CSS selectors: nothing in which anybody types."""

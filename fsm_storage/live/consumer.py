@@ -195,7 +195,9 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
             await self._say({"type": "present", "names": names})
 
     async def _say(self, message: dict[str, Any]) -> None:
-        with suppress(OSError):  # what a server raises when the page has gone (ASGI 2.4); that it has, is read next
+        with suppress(
+            OSError
+        ):  # what a server raises when the page has gone (ASGI 2.4); that it has, is read next
             await self.send(text_data=json.dumps(message))
 
 

@@ -189,7 +189,7 @@ def test_a_storage_that_cannot_be_edited_is_told_for_its_records(agent, make_rec
     record, other = make_record(alias="elsewhere", state="Order:item"), make_record(state="Order:item")
     response = confirm(agent, "clear_state", [record, other])
     assert outcomes(response) == {"changed": 1, "failed": 1}
-    assert "records of storage &#x27;elsewhere&#x27; cannot be edited" in html_of(response)
+    assert "storage “elsewhere” cannot be changed here" in html_of(response)
     assert (fresh(record).state, fresh(other).state) == ("Order:item", None)
     assert LogEntry.objects.count() == 1
 

@@ -148,8 +148,8 @@ def test_data_that_is_no_object_can_stay_or_be_mended(agent, make_record, data):
         ('{"a": NaN}', "Line 1, column 7: NaN is not JSON."),
         ("[1]", "Line 1, column 1: Data must be an object"),
         ("", "The text is empty."),
-        ('{"a": "\\u0000"}', "contains NUL"),
-        ('{"a": "\\ud800"}', "lone surrogate"),
+        ('{"a": "\\u0000"}', "a contains a NUL character."),
+        ('{"a": "\\ud800"}', "a contains half a character"),
         ('{"a":' * 600 + "1" + "}" * 600, "nested"),
         (f'{{"{XSS}": 1, "{XSS}": 2}}', "&lt;script&gt;"),
     ],
@@ -185,12 +185,13 @@ def test_more_than_the_storage_takes_is_a_form_error(agent, make_record, setting
     record = make_record(state="Order:item", data={"a": 1})
     response = save(agent, record, data_json='{"a": "' + "x" * 10_000_000 + '"}')
     assert response.status_code == 200
-    assert "over the limit" in html_of(response)
+    assert "and at most 4194304 fit" in html_of(response)
     assert fresh(record).version == record.version
 
 
 @pytest.mark.parametrize(
-    ("state", "words"), [("x" * 300, "255"), ("a\0b", "Null characters"), ("x" * 100_000, "over the limit")]
+    ("state", "words"),
+    [("x" * 300, "255"), ("a\0b", "Null characters"), ("x" * 100_000, "and at most 255 fit")],
 )
 def test_a_state_that_cannot_be_kept_is_a_form_error(agent, make_record, state, words):
     record = make_record(state="Order:item")
@@ -277,7 +278,7 @@ def test_expired_data_is_shown_as_the_bot_sees_it(agent, make_record):
 def test_a_conversation_of_an_unknown_storage_cannot_be_saved(agent, make_record):
     record = make_record(alias="elsewhere", state="Order:item")
     response = save(agent, record, state="=Order:payment")
-    assert "cannot be edited" in html_of(response)
+    assert "“elsewhere” cannot be changed here" in html_of(response)
     assert fresh(record).state == "Order:item"
     assert not LogEntry.objects.exists()
 

@@ -6,9 +6,10 @@ import pytest
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
+from fsm_storage.admin import changelist
 from fsm_storage.models import FSMRecord
 from fsm_storage.search import search
-from tests.web.conftest import LIST
+from tests.web.conftest import LIST, html_of, messages_of
 
 
 @pytest.fixture
@@ -61,3 +62,20 @@ def test_the_bots_are_looked_up_in_a_bounded_sample(many):
     with CaptureQueriesContext(connection) as queries:
         assert FSMRecord.objects.bots_seen(1000) == [42]
     assert "LIMIT 1000" in queries[0]["sql"]
+
+
+@pytest.mark.parametrize(
+    ("query", "advice"), [("q=cart.item=pizza", "Add a chat"), ("group=Order&expires=never", "fewer")]
+)
+def test_a_question_that_takes_too_long_is_stopped_with_advice(
+    admin_client, many, monkeypatch, query, advice
+):
+    monkeypatch.setattr(changelist, "SEARCH_SECONDS", 0)
+    response = admin_client.get(f"{LIST}?{query}")
+    assert response.status_code == 200
+    (message,) = messages_of(response)
+    assert "was stopped" in message
+    assert advice in message
+    assert "No conversation fits" not in html_of(response)
+    monkeypatch.undo()
+    assert "was stopped" not in html_of(admin_client.get(f"{LIST}?{query}"))

@@ -70,3 +70,10 @@ def test_numbers_go_with_their_words(admin_client, make_record, number, words):
         make_record(state="Order:item")
     chosen = {"action": "clear_state", "select_across": "1", "_selected_action": ["0"], "index": "0"}
     assert words in html_of(admin_client.post(LIST, chosen))
+
+
+def test_what_the_storage_refuses_is_told_in_words_of_the_page(admin_client, record):
+    form = form_of(record, state="=Order:size", data_json='{"a": "\\u0000"}')
+    assert "Эти данные нельзя сохранить: a — символ NUL." in html_of(admin_client.post(page_of(record), form))
+    record.refresh_from_db()
+    assert record.data == {"item": "soup"}

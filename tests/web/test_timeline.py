@@ -202,6 +202,29 @@ def test_a_long_timeline_costs_no_more_than_a_short_one(agent, make_record):
     assert agent.get(url.replace("&amp;", "&")).context["cl"].result_count == 1001
 
 
+def test_the_log_is_looked_through_only_so_far(agent, make_record, monkeypatch):
+    """It grows with all that the staff does anywhere, and has no index on what an entry is about."""
+    monkeypatch.setattr(timeline, "LOG_LIMIT", 3)
+    record = make_record(state="Order:item", data={"a": 1})
+    save(agent, record, state_ttl="after", state_ttl_for="2h")
+    assert len(steps_of(agent, record)) == 1
+    other = make_record(state="Order:item")
+    save(agent, other, state="=Order:size")
+    save(agent, other, state="=Order:payment")
+    assert len(steps_of(agent, record)) == 1
+    save(agent, other, state="=Order:item")
+    assert steps_of(agent, record) == []
+    save(agent, record, state="=Order:size")
+    assert len(steps_of(agent, record)) == 1
+
+
+def test_an_empty_list_of_transitions_says_what_to_do(agent, make_record):
+    assert "No change is recorded" in html_of(agent.get(TRANSITIONS))
+    save(agent, make_record(state="Order:item"), state="=Order:size")
+    assert "No change is recorded" not in html_of(agent.get(TRANSITIONS))
+    assert "Take filters away" in html_of(agent.get(f"{TRANSITIONS}?source__exact=expiry"))
+
+
 def test_a_cursor_survives_its_address():
     cursor = Cursor.read("12.34.1700000000123456")
     assert (cursor.transition, cursor.entry, str(cursor)) == (12, 34, "12.34.1700000000123456")
