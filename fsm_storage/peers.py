@@ -64,10 +64,11 @@ class FSMPeerQuerySet(models.QuerySet["FSMPeer"]):
         return self.filter(begins)
 
     def _begins(self, field: str, key: str) -> Q:
-        begins = Q(**{f"{field}__startswith": key})
-        if (
-            connections[self.db].vendor != "postgresql"
-        ):  # which has an index for LIKE; others use one for a range
+        begins, vendor = Q(**{f"{field}__startswith": key}), connections[self.db].vendor
+        # What an index answers: on PostgreSQL that is this LIKE, on MariaDB one without BINARY, on SQLite a range.
+        if vendor == "mysql":
+            begins &= Q(**{f"{field}__istartswith": key})
+        elif vendor != "postgresql":
             begins &= Q(**{f"{field}__gte": key, f"{field}__lt": f"{key}\U0010ffff"})
         return begins
 

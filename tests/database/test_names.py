@@ -252,11 +252,9 @@ def test_people_are_found_by_how_their_names_begin(database: str, text: str, ids
     assert set(FSMPeer.objects.using(database).called(text).values_list("peer_id", flat=True)) == ids
 
 
-@pytest.mark.parametrize("database", [SQLITE, POSTGRES], indirect=True)
 def test_the_search_uses_the_indexes(database: str) -> None:
-    """MariaDB walks through the names: Django asks for a beginning by LIKE BINARY, which no index there answers."""
     fill(database, 5000)
-    execute(database, "ANALYZE")
+    execute(database, "ANALYZE TABLE fsm_storage_peer" if database == "mariadb" else "ANALYZE")
     plan = FSMPeer.objects.using(database).called("n77").explain()
     for part in ("title", "rest", "username"):
         assert f"fsm_storage_peer_{part}_key" in plan
