@@ -21,7 +21,6 @@ from fsm_storage import DjangoStorage, chats
 from fsm_storage.chats import KeepNames
 from fsm_storage.dialects import Naming
 from fsm_storage.models import FSMPeer
-from tests.conftest import POSTGRES, SQLITE
 from tests.database.conftest import Statements
 from tests.rows import execute, in_thread
 
