@@ -7,9 +7,9 @@ import gc
 import os
 import traceback
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
-from benchmarks import dispatching, locking, statement, workload
+from benchmarks import dispatching, locking, mirrors, statement, workload
 from benchmarks.contenders import CONTENDERS, Places
 from benchmarks.peers import open_isolation, open_storage
 from benchmarks.plan import Cell
@@ -57,7 +57,20 @@ async def _measure(cell: Cell, places: Places) -> dict[str, Any]:
                     isolation, cell.chats, cell.seconds, shared=cell.kind == "shared-lock"
                 )
         module = dispatching if cell.kind == "dispatcher" else workload
-        return await module.measure(storage, cell.chats, cell.seconds)
+        mirror = CONTENDERS[cell.contender].mirror
+        ours = cast(Any, storage)
+        if mirror == "apart":
+            await mirrors.wait_for_mirror(ours)
+        result = await module.measure(storage, cell.chats, cell.seconds)
+        if mirror:
+            result["behind"] = await mirrors.seconds_behind(ours)
+        return result
+
+
+def serve_mirror(places: Places) -> None:
+    """Be a mirror until SIGTERM. Runs in a child."""
+    prepare_django(places)
+    asyncio.run(mirrors.serve(places))
 
 
 def _migrate(places: Places) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Contender:
     is_ours: bool = False
     synchronous: str = "NORMAL"
     """SQLite's `synchronous` on Django's connection."""
+    mirror: bool | Literal["apart"] = False
+    """As of `RedisStorage`. "apart": the runner starts one, as `manage.py fsm_mirror` would be."""
 
 
 _WAL = "WAL, synchronous=NORMAL, immediate transactions, as in project/settings.py"
@@ -68,10 +71,18 @@ _ALL = [
     Contender("ours-postgres-states", "DjangoStorage, PostgreSQL, history states", _SERVER, is_ours=True),
     Contender("ours-redis-alone", "RedisStorage, no mirror", _REDIS, is_ours=True),
     Contender(
-        "ours-redis-mirrored",
-        "RedisStorage, mirrored",
-        f"each write with its outbox entry; {_REDIS}",
+        "ours-redis-apart",
+        "RedisStorage, mirror in another process",
+        f"each write with its outbox entry, which a process like `fsm_mirror` applies to SQLite meanwhile; {_REDIS}",
         is_ours=True,
+        mirror="apart",
+    ),
+    Contender(
+        "ours-redis-mirrored",
+        "RedisStorage, mirror in the bot",
+        f"each write with its outbox entry, which a thread of the bot applies to SQLite meanwhile; {_REDIS}",
+        is_ours=True,
+        mirror=True,
     ),
 ]
 

@@ -11,7 +11,7 @@ from aiogram.fsm.storage.base import BaseEventIsolation, BaseStorage, DefaultKey
 from aiogram.fsm.storage.memory import MemoryStorage
 from aiogram.fsm.storage.redis import RedisStorage
 
-from benchmarks.contenders import Places
+from benchmarks.contenders import CONTENDERS, Places
 
 _DATABASES = {"sqlite": "default", "postgres": "postgres"}
 
@@ -90,8 +90,7 @@ def _make(name: str, places: Places) -> BaseStorage:
     from fsm_storage import RedisStorage as OurRedisStorage
 
     if rest.startswith("redis"):
-        # The outbox is flushed with the rest before each cell; in a second it stays far below its limit.
-        return OurRedisStorage.from_url(places.redis, mirror=rest == "redis-mirrored")
+        return OurRedisStorage.from_url(places.redis, mirror=CONTENDERS[name].mirror)
     database, history = rest.split("-")[:2]
     return DjangoStorage(database=_DATABASES[database], history=history)
 

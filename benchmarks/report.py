@@ -113,6 +113,9 @@ def _remarks(results: Results, name: str, chats: int) -> str:
     wrong = results.wrong("handler", name, chats)
     if wrong:
         remarks.append(f"{wrong} wrong answers")
+    behind = results.behind("handler", name, chats)
+    if behind is not None:
+        remarks.append(f"in the end, the mirror was up to {behind:.1f} s behind")
     return "; ".join(remarks)
 
 

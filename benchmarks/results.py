@@ -47,6 +47,11 @@ class Results:
         found = self._rounds.get((kind, contender, chats), [])
         return sorted({name for result in found for name in result["errors"]})
 
+    def behind(self, kind: str, contender: str, chats: int) -> float | None:
+        """By how many seconds the mirror was behind at the end, at the most; None where there is no mirror."""
+        found = self._rounds.get((kind, contender, chats), [])
+        return max((result["behind"] for result in found if "behind" in result), default=None)
+
     def wrong(self, kind: str, contender: str, chats: int) -> int:
         return sum(result["wrong"] for result in self._rounds.get((kind, contender, chats), []))
 

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import Places
+from benchmarks.contenders import CONTENDERS, Places
 from benchmarks.plan import Cell
 from benchmarks.results import Results
 from benchmarks.servers import Tables, postgres_server, redis_server
@@ -68,11 +68,28 @@ class Runner:
                 self._tables.clean(cell.contender)
                 _say(f"\rround {number} of {rounds}: {cell!s:<60}")
                 try:
-                    results.add(cell.kind, cell.contender, cell.chats, self._measure(cell))
+                    with self._mirror_of(cell):
+                        results.add(cell.kind, cell.contender, cell.chats, self._measure(cell))
                 except CellError as error:
                     failed.add(cell)
                     _say(f"\n{cell} failed:\n{error}\n")
             _say(f"\rround {number} of {rounds}: {time.monotonic() - started:.0f} s{'':<60}\n")
+
+    @contextmanager
+    def _mirror_of(self, cell: Cell) -> Iterator[None]:
+        """Let a mirror run in a process of its own, where the contender's is apart."""
+        if CONTENDERS[cell.contender].mirror != "apart":
+            yield
+            return
+        process = self._context.Process(target=_mirror, args=(self._where,), daemon=True)
+        process.start()
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.join(10)
+            if process.is_alive():
+                process.kill()
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
         ours, theirs = self._context.Pipe(duplex=False)
@@ -99,6 +116,12 @@ def _work(cell: Cell, where: Places, answer: Connection) -> None:
     from benchmarks.cells import work
 
     work(cell, where, answer)
+
+
+def _mirror(where: Places) -> None:
+    from benchmarks.cells import serve_mirror
+
+    serve_mirror(where)
 
 
 def _say(text: str) -> None:
