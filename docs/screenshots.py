@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
@@ -24,11 +23,7 @@ DOCS = Path(__file__).resolve().parent
 PASSWORD = "only-for-a-screenshot"  # noqa: S105
 WIDTH, HEIGHT = 1280, 780
 PHONE = {"width": 390, "height": 844}
-PATIENCE = 300.0
-NEEDED = {"Order:phone": 1, "Support:waiting": 3}
-"""How many people must have stopped in a state, and left, before there is something to photograph."""
-LEFT = timedelta(seconds=20)
-"""Whoever has said nothing for so long has left: at this pace the others answer within two seconds."""
+TALK_SECONDS = 45
 
 
 @contextmanager
@@ -83,31 +78,10 @@ def take(page: Page, name: str, *, height: int | None = None) -> None:
     page.screenshot(path=DOCS / "img" / f"{name}.png", full_page=bool(height), clip=clip or None)
 
 
-def wait_for_people(page: Page, conversations: str) -> None:
-    """Wait until those whom the pictures are of are there, and are not about to go on."""
-    deadline = time.monotonic() + PATIENCE
-    for state, needed in NEEDED.items():
-        while len(_left(page, f"{conversations}?state={state}&o=5")) < needed:
-            if time.monotonic() > deadline:
-                raise SystemExit(f"nobody stayed in {state} for {PATIENCE:.0f} s")
-            page.wait_for_timeout(1000)
-
-
-def _left(page: Page, url: str) -> list[datetime]:
-    """Return when those of a list who have left did so, the longest gone first."""
-    page.goto(url)
-    # All at once, because the list goes on by itself.
-    texts = page.locator("#result_list .field-changed time").evaluate_all(
-        "all => all.map((one) => one.dateTime)"
-    )
-    return [at for at in map(datetime.fromisoformat, texts) if datetime.now(UTC) - at > LEFT]
-
-
 def take_all(page: Page, admin: str) -> None:
     log_in(page, admin)
     page.wait_for_selector("#user-tools")
     conversations = f"{admin}fsm_storage/fsmrecord/"
-    wait_for_people(page, conversations)
     page.goto(conversations)
     page.click("#toggle-nav-sidebar")
     page.mouse.move(WIDTH - 1, HEIGHT - 1)
@@ -137,7 +111,7 @@ def take_preview(page: Page) -> None:
 
 def take_many(page: Page, conversations: str) -> None:
     """Ask what would become of three conversations, and leave them as they are."""
-    page.goto(f"{conversations}?state=Support:waiting&o=5")
+    page.goto(f"{conversations}?state=Support:waiting")
     for box in page.locator("input.action-select").all()[:3]:
         box.check()
     page.select_option("select[name=action]", "move_state")
@@ -193,6 +167,7 @@ def main() -> None:
             executable_path=shutil.which("chromium"),
             args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
         )
+        time.sleep(TALK_SECONDS)
         desk = {"width": WIDTH, "height": HEIGHT}
         take_all(browser.new_context(viewport=desk).new_page(), admin)
         take_other_looks(
