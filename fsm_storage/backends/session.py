@@ -235,7 +235,8 @@ class Session:
                 unit.execute(sql)
             self._thread.connection = connection.connection
             self._thread.direct = self._direct(unit)
-        unit.direct = self._thread.direct
+            self._thread.dialect = unit.dialect.at(getattr(connection, "pg_version", 0))
+        unit.direct, unit.dialect = self._thread.direct, self._thread.dialect
 
     def _direct(self, unit: Unit) -> Prepared | None:
         """Return the way past psycopg's cursors, where there is one."""
@@ -252,15 +253,20 @@ class Session:
         has_own_rule = "prepare_threshold" in options or settings.get("DISABLE_SERVER_SIDE_CURSORS")
         return not (has_own_rule or options.get("pool") or self._is_pooled)
 
-    def _write(self, unit: Unit, writes: Sequence[Write], scope: Scope) -> list[WriteReply]:
-        lone = len(writes) == 1 and writes[0].key not in self._contended
+    def _write(
+        self, unit: Unit, writes: Sequence[Write], scope: Scope, *, may_wait: bool = True
+    ) -> list[WriteReply]:
+        """Carry out a batch. If a locked row stops it, leave locked rows out, and at last go write by write."""
+        free = may_wait and self._contended.isdisjoint(write.key for write in writes)
         try:
-            return unit.run_committed(unit.dialect.write(writes, scope, lone=lone))
+            return unit.run_committed(unit.dialect.write(writes, scope, free=free))
         except OperationalError as error:
             if not unit.dialect.is_lock_timeout(*_facts(error)):
                 raise
         if len(writes) == 1:
             return [LOCKED]
+        if free:
+            return self._write(unit, writes, scope, may_wait=False)
         return [reply for write in writes for reply in self._write(unit, [write], scope)]
 
     def _copy(self, error: FSMStorageError) -> Exception:

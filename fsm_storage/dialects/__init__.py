@@ -252,17 +252,21 @@ class Dialect(Protocol):
     joins: bool
     """The server takes several statements at once, with semicolons between."""
 
+    def at(self, version: int) -> Dialect:
+        """Return the dialect for a server of this version, a number as libpq's; 0 where there is none."""
+
     def read(self, reads: Sequence[Read], scope: Scope) -> Plan[list[ReadReply]]:
         """Read what is live. A constant number of statements."""
 
     def write(
-        self, writes: Sequence[Write], scope: Scope, *, wait: bool = False, lone: bool = False
+        self, writes: Sequence[Write], scope: Scope, *, wait: bool = False, free: bool = False
     ) -> Plan[list[WriteReply]]:
         """Apply patches to different keys; write the transitions. A constant number of statements.
 
         Rows are locked in the order of their keys. Without `wait`, a row that another transaction
         holds is left out and answered with `LOCKED`, where the database can tell; the statement waits
-        a moment at the most. With `lone`, a single write may take a shorter way.
+        a moment at the most. With `free`, none of the rows was found locked lately, and the writes may
+        take a shorter way, which waits for a locked row for a moment and then fails.
         """
 
     def sweep(

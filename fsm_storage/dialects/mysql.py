@@ -60,6 +60,9 @@ class MySQL:
     sweep_leases = staticmethod(leases.sweep)
     name = staticmethod(peers.name)
 
+    def at(self, version: int) -> MySQL:
+        return self
+
     def read(self, reads: Sequence[Read], scope: Scope) -> Plan[list[ReadReply]]:
         found: dict[bool, dict[str, Any]] = {}
         for data in (False, True):
@@ -70,7 +73,7 @@ class MySQL:
         return [found[read.data].get(read.key, EMPTY if read.data else None) for read in reads]
 
     def write(
-        self, writes: Sequence[Write], scope: Scope, *, wait: bool = False, lone: bool = False
+        self, writes: Sequence[Write], scope: Scope, *, wait: bool = False, free: bool = False
     ) -> Plan[list[WriteReply]]:
         text = sql.SELECT if wait else f"{sql.SELECT} SKIP LOCKED"
         rows = yield Statement(text, (scope.alias, [write.key for write in writes]))

@@ -35,6 +35,7 @@ from fsm_storage.dialects import (
 from fsm_storage.dialects import postgresql_leases as leases
 from fsm_storage.dialects import postgresql_peers as peers
 from fsm_storage.dialects import postgresql_sql as sql
+from fsm_storage.dialects import postgresql_upsert as upserts
 from fsm_storage.exceptions import CorruptData, LeaseLost, VersionConflict
 from fsm_storage.patches import EMPTY, KEEP, NEVER, Patch, Ttl
 
@@ -117,7 +118,7 @@ _AS_OF: dict[str, Callable[[Any, AsOf], Any]] = {
 }
 
 
-def _common(write: _Batched) -> tuple[Any, ...]:
+def _common(write: _Batched | Write) -> tuple[Any, ...]:
     """Return what `write` has in each column of `sql.COMMON`."""
     parts, state_ttl, data_ttl = write.parts, write.state_ttl, write.data_ttl
     if write.as_of is not None:  # it has instants instead
@@ -127,7 +128,7 @@ def _common(write: _Batched) -> tuple[Any, ...]:
 
 
 class PostgreSQL:
-    """See `Dialect`."""
+    """See `Dialect`. `returns_old`: the server can return the old row, as PostgreSQL does from 18 on."""
 
     reads_apart = True
     writers = 2
@@ -138,6 +139,12 @@ class PostgreSQL:
     claim = staticmethod(leases.claim)
     sweep_leases = staticmethod(leases.sweep)
     name = staticmethod(peers.name)
+
+    def __init__(self, *, returns_old: bool = False) -> None:
+        self._returns_old = returns_old
+
+    def at(self, version: int) -> PostgreSQL:
+        return PostgreSQL(returns_old=version >= 180000)
 
     def read(self, reads: Sequence[Read], scope: Scope) -> Plan[list[ReadReply]]:
         found: dict[bool, dict[str, Any]] = {}
@@ -153,13 +160,40 @@ class PostgreSQL:
         return [found[read.data].get(read.key, EMPTY if read.data else None) for read in reads]
 
     def write(
-        self, writes: Sequence[Write], scope: Scope, *, wait: bool = False, lone: bool = False
+        self, writes: Sequence[Write], scope: Scope, *, wait: bool = False, free: bool = False
     ) -> Plan[list[WriteReply]]:
-        short = _lone(writes[0], scope) if lone and not scope.tells else None
-        if short is not None:
-            rows = yield short
-            if rows:  # else the row is not what the short way is for
-                return [Written(*rows[0])]
+        done: dict[str, WriteReply] = {}
+        if free and not scope.tells:
+            done = yield from self._write_shortly(writes, scope)
+            if len(done) == len(writes):
+                return [done[write.key] for write in writes]
+        rest = [write for write in writes if write.key not in done] if done else writes
+        replies = yield from self._write_locked(rest, scope, wait=wait)
+        if not done:
+            return replies
+        done.update(zip((write.key for write in rest), replies, strict=True))
+        return [done[write.key] for write in writes]
+
+    def _write_shortly(self, writes: Sequence[Write], scope: Scope) -> Plan[dict[str, WriteReply]]:
+        """Do what an upsert can do, without a lock before it; say what was done."""
+        if len(writes) == 1:
+            short = _lone(writes[0], scope)
+            rows = (yield short) if short is not None else []
+            return {write.key: Written(*row) for write, row in zip(writes, rows, strict=False)}
+        if scope.history == "full" or (scope.history == "states" and not self._returns_old):
+            return {}
+        if not all(map(upserts.is_plain, writes)) or len({_common(write) for write in writes}) > 1:
+            return {}
+        data = [exact(patch.merge[0] if patch.merge else EMPTY if patch.data is KEEP else patch.data)
+                for patch in (write.patch for write in writes)]  # fmt: skip
+        rows = yield upserts.upsert(writes, data, scope)
+        done: dict[str, WriteReply] = {key: Written(version, text) for key, version, text in rows}
+        if len(done) < len(writes):
+            done.update({write.key: Written(None) for write in writes if upserts.makes_nothing(write, done)})
+        return done
+
+    def _write_locked(self, writes: Sequence[Write], scope: Scope, *, wait: bool) -> Plan[list[WriteReply]]:
+        """Lock what is there, and do all that a write can ask for."""
         batch = [_Batched(*write, _over(write.patch, scope)) for write in writes]
         fenced = any(write.fence for write in writes)
         varying = _VARYING | _FENCE if fenced else _VARYING

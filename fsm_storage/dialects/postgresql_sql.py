@@ -58,11 +58,11 @@ STEPS = {
     "step_source": "text",
     "step_actor": "text",
 }
-_KEY_COLUMNS = "key, bot_id, chat_id, user_id, thread_id, business_connection_id, destiny"
+KEY_COLUMNS = "key, bot_id, chat_id, user_id, thread_id, business_connection_id, destiny"
 
 # Nothing is laid over what cannot be read afterwards: no object, or one that another program nested
 # too deep. Five hundred levels take four kilobytes, if they are not compressed; others need no look.
-_READABLE = f"""
+READABLE = f"""
     jsonb_typeof({{data}}) = 'object' AND NOT (
         (pg_column_size({{data}}) > 3900 OR pg_column_compression({{data}}) IS NOT NULL)
         AND jsonb_path_exists({{data}}, '$.**{{{{{MAX_DEPTH + 1}}}}}')
@@ -278,8 +278,8 @@ def write(
         names=names,
         arrays=arrays,
         singles=singles,
-        key_columns=_KEY_COLUMNS,
-        readable=_READABLE.format(data=when["live_data"]),
+        key_columns=KEY_COLUMNS,
+        readable=READABLE.format(data=when["live_data"]),
         skip="" if wait else "SKIP LOCKED",
         limit="" if wait else f"{_LOCK_LIMIT}, ",
         not_skipped="" if wait else _NOT_SKIPPED,
@@ -299,7 +299,7 @@ def fenced(lone: str) -> str:
 # A lone write needs no lock before its upsert, which is half of the cost. It waits for a locked row
 # for a tenth of a second at most: the worker thread must stay free for everybody else.
 _LONE = f"""
-INSERT INTO fsm_storage_record AS r (alias, {_KEY_COLUMNS}, state, data, state_expires_at, data_expires_at,
+INSERT INTO fsm_storage_record AS r (alias, {KEY_COLUMNS}, state, data, state_expires_at, data_expires_at,
     version, created_at, updated_at)
 SELECT %(alias)s, %(key)s, %(bot_id)s, %(chat_id)s, %(user_id)s, %(thread_id)s::bigint,
     %(business_connection_id)s, %(destiny)s, {{insert}},
@@ -325,7 +325,7 @@ LONE_MERGE = (
     data_expires_at = excluded.data_expires_at""",
     )
     + "WHERE "
-    + _READABLE.format(data="r.data")
+    + READABLE.format(data="r.data")
 )
 LONE_RETURNING = "RETURNING r.version"
 LONE_MERGE_RETURNING = "RETURNING r.version, r.data::text"

@@ -152,6 +152,9 @@ class SQLite:
     sweep_leases = staticmethod(leases.sweep)
     name = staticmethod(peers.name)
 
+    def at(self, version: int) -> SQLite:
+        return self
+
     def read(self, reads: Sequence[Read], scope: Scope) -> Plan[list[ReadReply]]:
         replies: list[ReadReply] = [EMPTY if read.data else None for read in reads]
         for data in (False, True):
@@ -165,7 +168,7 @@ class SQLite:
         return replies
 
     def write(
-        self, writes: Sequence[Write], scope: Scope, *, wait: bool = False, lone: bool = False
+        self, writes: Sequence[Write], scope: Scope, *, wait: bool = False, free: bool = False
     ) -> Plan[list[WriteReply]]:
         found: Rows = []
         for some in _chunks(writes):
