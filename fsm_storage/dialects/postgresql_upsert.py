@@ -27,7 +27,7 @@ _DATA_UNTIL = "statement_timestamp() + %(data_ttl)s::float8 * interval '1 second
 _UPSERT = f"""
 INSERT INTO fsm_storage_record AS r (alias, {KEY_COLUMNS}, state, data, state_expires_at, data_expires_at,
     version, created_at, updated_at)
-SELECT %(alias)s, i.key, %(bot_id)s::bigint, i.chat_id, i.user_id, %(thread_id)s::bigint,
+SELECT %(alias)s::text, i.key, %(bot_id)s::bigint, i.chat_id, i.user_id, %(thread_id)s::bigint,
     %(business_connection_id)s::text, %(destiny)s::text, i.state, i.data::jsonb,
     CASE WHEN i.state IS NOT NULL THEN {_STATE_UNTIL} END,
     CASE WHEN i.data <> '{{}}' THEN {_DATA_UNTIL} WHEN i.state IS NULL THEN statement_timestamp() END,
@@ -36,7 +36,7 @@ SELECT %(alias)s, i.key, %(bot_id)s::bigint, i.chat_id, i.user_id, %(thread_id)s
 FROM set_config('lock_timeout', '20', true), unnest(%(key)s::text[], %(chat_id)s::bigint[], %(user_id)s::bigint[],
     %(flags)s::bigint[], %(state)s::text[], %(data)s::text[]) AS i(key, chat_id, user_id, flags, state, data)
 WHERE i.flags & {MAKES} > 0
-    OR EXISTS (SELECT FROM fsm_storage_record e WHERE e.alias = %(alias)s AND e.key = i.key)
+    OR EXISTS (SELECT FROM fsm_storage_record e WHERE e.alias = %(alias)s::text AND e.key = i.key)
 ORDER BY i.key
 ON CONFLICT (alias, key) DO UPDATE SET
     state = {_STATE},
@@ -70,7 +70,7 @@ WITH done AS (
         CASE WHEN new.state_expires_at <= statement_timestamp() THEN NULL ELSE new.state END AS new_live
 ), history AS (
     INSERT INTO fsm_storage_transition (alias, key, bot_id, chat_id, user_id, from_state, to_state, at, source, actor)
-    SELECT %(alias)s, d.key, d.bot_id, d.chat_id, d.user_id, t.from_state, t.to_state, t.at, t.source, t.actor
+    SELECT %(alias)s::text, d.key, d.bot_id, d.chat_id, d.user_id, t.from_state, t.to_state, t.at, t.source, t.actor
     FROM done d CROSS JOIN LATERAL (
         SELECT 0 AS place, d.old_state AS from_state, NULL AS to_state, d.old_until AS at,
             'expiry' AS source, '' AS actor
