@@ -40,6 +40,12 @@ Done: TypeAlias = Callable[[list[Any] | Exception], None]
 _NOT_ALL: Final = object()
 
 
+_open: dict[AbstractConnection, asyncio.AbstractEventLoop] = {}
+"""What is connected. Held here, or the child of a fork would destroy what its parent's threads had: that closes
+the stream, which takes the socket out of the epoll that the two processes share, and the parent hears no more.
+"""
+
+
 class Wire(Protocol):
     """Asks Redis. `one_key`: each command may have the keys of one Cluster slot only."""
 
@@ -149,6 +155,9 @@ class SingleWire:
         connection = self._connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
         connection.retry = Retry(NoBackoff(), 0)  # who asks has a deadline, and tries again by itself
         await connection.connect()
+        for other in [other for other, loop in list(_open.items()) if loop.is_closed()]:
+            _open.pop(other, None)
+        _open[connection] = asyncio.get_running_loop()
         self.patience = connection.socket_timeout
         self._line = Line(connection._writer.transport)
         return self._line
@@ -159,6 +168,7 @@ class SingleWire:
         if line is not None:
             line.close(RedisConnectionError("the connection was dropped"))
         if connection is not None:
+            _open.pop(connection, None)
             await connection.disconnect(nowait=True)
 
 
