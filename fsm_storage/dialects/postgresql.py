@@ -177,7 +177,7 @@ class PostgreSQL:
     def _write_shortly(self, writes: Sequence[Write], scope: Scope) -> Plan[dict[str, WriteReply]]:
         """Do what an upsert can do, without a lock before it; say what was done."""
         if len(writes) == 1:
-            short = _lone(writes[0], scope)
+            short = _lone(writes[0], scope, returns_old=self._returns_old)
             rows = (yield short) if short is not None else []
             return {write.key: Written(*row) for write, row in zip(writes, rows, strict=False)}
         if scope.history == "full" or (scope.history == "states" and not self._returns_old):
@@ -274,7 +274,7 @@ def _over(patch: Patch, scope: Scope) -> str | None:
     return exact(patch.merge[0] if len(patch.merge) == 1 else scope.codec.fold("", EMPTY, patch.merge)[0])
 
 
-def _lone(write: Write, scope: Scope) -> Statement | None:
+def _lone(write: Write, scope: Scope, *, returns_old: bool) -> Statement | None:
     """Return the one upsert that does `write`, if it is plain enough for one."""
     key, parts, patch, state_ttl, data_ttl, if_version, fence, as_of = write
     if if_version is not None or as_of is not None:
@@ -283,7 +283,8 @@ def _lone(write: Write, scope: Scope) -> Statement | None:
         return None
     ttl, data = (state_ttl if patch.state is not KEEP else data_ttl).seconds, None
     if isinstance(patch.state, str) and not patch.touches_data and scope.history != "full":
-        text = sql.LONE_STATE_NOTED if scope.history == "states" else sql.LONE_STATE + sql.LONE_RETURNING
+        noted = upserts.LONE_STATE_NOTED if returns_old else sql.LONE_STATE_NOTED
+        text = noted if scope.history == "states" else sql.LONE_STATE + sql.LONE_RETURNING
     elif patch.state is not KEEP or scope.history == "full":
         return None
     elif patch.data is not KEEP and patch.data != EMPTY and not patch.merge:

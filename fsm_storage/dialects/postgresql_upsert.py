@@ -10,7 +10,7 @@ from collections.abc import Container, Sequence
 from functools import cache
 
 from fsm_storage.dialects import Scope, Statement, Write
-from fsm_storage.dialects.postgresql_sql import KEY_COLUMNS, READABLE
+from fsm_storage.dialects.postgresql_sql import KEY_COLUMNS, LONE_STATE, READABLE
 from fsm_storage.patches import EMPTY, KEEP
 
 SETS_STATE, REPLACES, MERGES, MAKES = 1, 2, 4, 8
@@ -60,17 +60,14 @@ WHERE {_HAS}{MERGES} = 0 OR {_IS_GONE} OR ({READABLE.format(data="r.data")})
 """
 _MERGED = "CASE WHEN r.key = ANY(%(merged)s::text[]) THEN r.data::text END"
 _RETURNING = f"RETURNING r.key, r.version, {_MERGED}"
-# A state that was left alone keeps its expiry, so an expired one that has another expiry now was overwritten.
-_NOTED = f"""
-WITH done AS (
-    {_UPSERT}
-    RETURNING r.key, r.version, {_MERGED} AS merged, r.bot_id, r.chat_id, r.user_id,
+_STATES = """r.alias, r.bot_id, r.chat_id, r.user_id,
         old.state AS old_state, old.state_expires_at AS old_until, new.state_expires_at AS new_until,
         CASE WHEN old.state_expires_at <= statement_timestamp() THEN NULL ELSE old.state END AS old_live,
-        CASE WHEN new.state_expires_at <= statement_timestamp() THEN NULL ELSE new.state END AS new_live
-), history AS (
+        CASE WHEN new.state_expires_at <= statement_timestamp() THEN NULL ELSE new.state END AS new_live"""
+# A state that was left alone keeps its expiry, so an expired one that has another expiry now was overwritten.
+_HISTORY = """history AS (
     INSERT INTO fsm_storage_transition (alias, key, bot_id, chat_id, user_id, from_state, to_state, at, source, actor)
-    SELECT %(alias)s::text, d.key, d.bot_id, d.chat_id, d.user_id, t.from_state, t.to_state, t.at, t.source, t.actor
+    SELECT d.alias, d.key, d.bot_id, d.chat_id, d.user_id, t.from_state, t.to_state, t.at, t.source, t.actor
     FROM done d CROSS JOIN LATERAL (
         SELECT 0 AS place, d.old_state AS from_state, NULL AS to_state, d.old_until AS at,
             'expiry' AS source, '' AS actor
@@ -80,8 +77,18 @@ WITH done AS (
         WHERE d.old_live IS DISTINCT FROM d.new_live
     ) t
     ORDER BY d.key, t.place
-)
+)"""
+_NOTED = f"""
+WITH done AS ({_UPSERT}
+    RETURNING r.key, r.version, {_MERGED} AS merged, {_STATES}
+), {_HISTORY}
 SELECT key, version, merged FROM done
+"""
+LONE_STATE_NOTED = f"""
+WITH done AS ({LONE_STATE}
+    RETURNING r.key, r.version, {_STATES}
+), {_HISTORY}
+SELECT version FROM done
 """
 
 
