@@ -3,10 +3,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import queue
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -91,7 +92,7 @@ class Command(BaseCommand):
         progress.end()
         return swept + pruned + Swept(waiting=sweeper.waiting())
 
-    def _watch(self, found: Sequence[DjangoStorage], stop: threading.Event, options: dict[str, Any]) -> None:
+    def _watch(self, found: Sequence[DjangoStorage], stop: Stop, options: dict[str, Any]) -> None:
         """Sweep until told to stop. A database that is away is waited for."""
         while not stop.is_set():
             counts = {}
@@ -168,10 +169,32 @@ async def _bot(path: str) -> Bot:
     return bot
 
 
+class Stop:
+    """An event that a signal's handler may set. That of `threading` takes a lock, which the code that the
+    handler interrupts may hold: then both wait for ever. A `SimpleQueue` is made for this."""
+
+    def __init__(self) -> None:
+        self._told = False
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def set(self) -> None:
+        self._told = True
+        self._wake.put(None)
+
+    def is_set(self) -> bool:
+        return self._told
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it is set, for so many seconds at the most."""
+        if not self._told:
+            with suppress(queue.Empty):
+                self._wake.get(timeout=seconds)
+
+
 @contextmanager
-def _stopped_by_signals() -> Iterator[threading.Event]:
+def _stopped_by_signals() -> Iterator[Stop]:
     """An event that SIGTERM and SIGINT set, so that a batch is finished before the end."""
-    stop = threading.Event()
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
