@@ -100,8 +100,12 @@ class _Sql:
         self.update_all = _update((*_CHANGING, "data"), size)
 
 
-_SIZES = sorted({part << power for part in (2, 3) for power in range(8)} | {1})
-_SQL = {size: _Sql(size) for size in _SIZES if size <= MAX_ROWS}
+_SQL = {
+    size: _Sql(size)
+    for size in sorted({1, *(part << n for part in (2, 3) for n in range(8))})
+    if size <= MAX_ROWS
+}
+_SIZES = list(_SQL)
 
 
 def _room_for(count: int) -> int:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import threading
 import time
 import warnings
 
 from aiogram import Bot
 from aiogram.fsm.storage.base import StorageKey
 
-from fsm_storage import DjangoEventIsolation, DjangoStorage, Expired, Expiry, LeaseLost, LeaseTimeout
+from fsm_storage import DjangoStorage, Expired, Expiry, LeaseLost
 from fsm_storage.exceptions import StorageTimeout
 from fsm_storage.leases import LeaseKeeper
 from fsm_storage.lifecycle import runner
-from tests.notes import meet, notes
+from tests import turns
+from tests.notes import notes
 
 
 def key_of(chat: int) -> StorageKey:
@@ -137,33 +137,9 @@ def talk_in_old_states(database: str, path: str, chats: int) -> None:
 def take_turns(
     database: str, path: str, who: str, seconds: float, tasks: int, owner: str | None = None
 ) -> None:
-    """Work under one lock from several tasks, and note when each turn began and ended.
-
-    With `owner`, in the name of that one, which takes away what keeps two processes apart.
-    """
-    note = notes(path)
-
-    async def work(isolation: DjangoEventIsolation, task: int, until: float) -> None:
-        while time.monotonic() < until:
-            async with isolation.lock(key_of(1)):
-                began = time.monotonic_ns()
-                await asyncio.sleep(random.uniform(0, 0.004))
-                note(f"{began} {time.monotonic_ns()} {who} {task}")
-            await asyncio.sleep(0)
-
-    async def main() -> None:
-        meet(path, who, "ab")
-        storage = DjangoStorage(database, database=database)
-        isolation = DjangoEventIsolation(storage=storage)
-        if owner is not None:
-            isolation._open()[1].keeper.owner = owner
-        async with asyncio.TaskGroup() as group:
-            for task in range(tasks):
-                group.create_task(work(isolation, task, time.monotonic() + seconds))
-        await storage.close()
-        await isolation.close()
-
-    asyncio.run(main())
+    """See `turns`."""
+    storage = DjangoStorage(database, database=database)
+    asyncio.run(turns.take_turns(storage, path, who, seconds, tasks, owner))
 
 
 def handle_expiries(database: str, path: str, bot_id: int, lease: float, work: float) -> None:
@@ -237,29 +213,6 @@ def hold_for_ever(database: str, path: str, lease: float) -> None:
 
 
 def lock_after_fork(database: str, path: str) -> None:
-    """Fork while a lock is held: the child has none of its parent's leases."""
-    note = notes(path)
-    warnings.simplefilter("ignore", DeprecationWarning)
-    storage = DjangoStorage(database, database=database)
-    isolation = DjangoEventIsolation(storage=storage, timeout=2.0)
-
-    async def enter(name: str) -> None:
-        try:
-            async with isolation.lock(key_of(1)):
-                note(name)
-        except LeaseTimeout:
-            note(f"{name} timeout")
-        await storage.close()
-        await isolation.close()
-
-    async def main() -> None:
-        async with isolation.lock(key_of(1)):
-            if not _is_parent(os.fork()):
-                # The loop is the parent's, down to its epoll: it must not be touched here.
-                child = threading.Thread(target=asyncio.run, args=(enter("child"),))
-                child.start()
-                child.join()
-                os._exit(0)
-        await enter("parent")
-
-    asyncio.run(main())
+    """See `turns`."""
+    warnings.simplefilter("ignore", DeprecationWarning)  # of os.fork()
+    asyncio.run(turns.lock_after_fork(DjangoStorage(database, database=database), path, 2.0))

@@ -10,15 +10,15 @@ import os
 import random
 import signal
 import sys
-import threading
 import time
 import warnings
 
 from aiogram.fsm.storage.base import BaseStorage, StorageKey
 from aiogram.fsm.storage.redis import RedisStorage as AiogramStorage
 
-from fsm_storage import DjangoEventIsolation, LeaseLost, LeaseTimeout, RedisStorage
-from tests.notes import meet, notes
+from fsm_storage import DjangoEventIsolation, LeaseLost, RedisStorage
+from tests import turns
+from tests.notes import notes
 
 
 def key_of(chat: int) -> StorageKey:
@@ -103,31 +103,11 @@ def fork_after_use(url: str, path: str) -> None:
 
 
 def take_turns(url: str, path: str, who: str, seconds: str, tasks: str, owner: str = "") -> None:
-    """Work under one lock from several tasks, and note when each turn began and ended.
-
-    With `owner`, in the name of that one, which takes away what keeps two processes apart.
-    """
-    note = notes(path)
-
-    async def work(isolation: DjangoEventIsolation, task: int, until: float) -> None:
-        while time.monotonic() < until:
-            async with isolation.lock(key_of(1)):
-                began = time.monotonic_ns()
-                await asyncio.sleep(random.uniform(0, 0.004))
-                note(f"{began} {time.monotonic_ns()} {who} {task}")
-            await asyncio.sleep(0)
+    """See `turns`."""
 
     async def main() -> None:
-        meet(path, who, "ab")
         storage = RedisStorage.from_url(url, mirror=False)
-        isolation = DjangoEventIsolation(storage=storage)
-        if owner:
-            isolation._open()[1].keeper.owner = owner
-        async with asyncio.TaskGroup() as group:
-            for task in range(int(tasks)):
-                group.create_task(work(isolation, task, time.monotonic() + float(seconds)))
-        await storage.close()
-        await isolation.close()
+        await turns.take_turns(storage, path, who, float(seconds), int(tasks), owner or None)
 
     asyncio.run(main())
 
@@ -157,32 +137,8 @@ def hold_for_ever(url: str, path: str, lease: str) -> None:
 
 
 def lock_after_fork(url: str, path: str) -> None:
-    """Fork while a lock is held: the child has none of its parent's leases."""
-    note, storage = notes(path), RedisStorage.from_url(url, mirror=False)
-    isolation = DjangoEventIsolation(storage=storage, timeout=1.0)
-
-    async def enter(name: str) -> None:
-        try:
-            async with isolation.lock(key_of(1)):
-                note(name)
-        except LeaseTimeout:
-            note(f"{name} timeout")
-        await storage.close()
-        await isolation.close()
-
-    async def main() -> None:
-        async with isolation.lock(key_of(1)):
-            pid = os.fork()
-            if not pid:
-                # The loop is the parent's, down to its epoll: it must not be touched here.
-                child = threading.Thread(target=asyncio.run, args=(enter("child"),))
-                child.start()
-                child.join()
-                os._exit(0)
-            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        await enter("parent")
-
-    asyncio.run(main())
+    """See `turns`."""
+    asyncio.run(turns.lock_after_fork(RedisStorage.from_url(url, mirror=False), path, 1.0))
 
 
 if __name__ == "__main__":

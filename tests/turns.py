@@ -1,0 +1,70 @@
+"""What processes do with a lock, whatever keeps its leases."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import threading
+import time
+from typing import Any
+
+from aiogram.fsm.storage.base import StorageKey
+
+from fsm_storage import DjangoEventIsolation, LeaseTimeout
+from tests.notes import meet, notes
+
+KEY = StorageKey(bot_id=1, chat_id=1, user_id=1)
+
+
+async def take_turns(
+    storage: Any, path: str, who: str, seconds: float, tasks: int, owner: str | None = None
+) -> None:
+    """Work under one lock from several tasks, and note when each turn began and ended. Closes the storage.
+
+    With `owner`, in the name of that one, which takes away what keeps two processes apart.
+    """
+    note = notes(path)
+
+    async def work(isolation: DjangoEventIsolation, task: int, until: float) -> None:
+        while time.monotonic() < until:
+            async with isolation.lock(KEY):
+                began = time.monotonic_ns()
+                await asyncio.sleep(random.uniform(0, 0.004))
+                note(f"{began} {time.monotonic_ns()} {who} {task}")
+            await asyncio.sleep(0)
+
+    meet(path, who, "ab")
+    isolation = DjangoEventIsolation(storage=storage)
+    if owner is not None:
+        isolation._open()[1].keeper.owner = owner
+    async with asyncio.TaskGroup() as group:
+        for task in range(tasks):
+            group.create_task(work(isolation, task, time.monotonic() + seconds))
+    await storage.close()
+    await isolation.close()
+
+
+async def lock_after_fork(storage: Any, path: str, timeout: float) -> None:
+    """Fork while a lock is held: the child has none of its parent's leases. Closes the storage."""
+    note, isolation = notes(path), DjangoEventIsolation(storage=storage, timeout=timeout)
+
+    async def enter(name: str) -> None:
+        try:
+            async with isolation.lock(KEY):
+                note(name)
+        except LeaseTimeout:
+            note(f"{name} timeout")
+        await storage.close()
+        await isolation.close()
+
+    async with isolation.lock(KEY):
+        pid = os.fork()
+        if not pid:
+            # The loop is the parent's, down to its epoll: it must not be touched here.
+            child = threading.Thread(target=asyncio.run, args=(enter("child"),))
+            child.start()
+            child.join()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    await enter("parent")
