@@ -56,6 +56,7 @@ class RedisUnavailable(StorageUnavailable):
         said = str(cause).strip() or "no answer"
         Exception.__init__(self, f"Redis of storage {alias!r} failed: {type(cause).__name__}: {said}")
         self.alias, self.database = alias, ""
+        self.__cause__ = cause
 
 
 class StorageClosed(FSMStorageError, RuntimeError):

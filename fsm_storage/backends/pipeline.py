@@ -198,7 +198,7 @@ class Pipeline(Generic[Op]):
                 self._queue.extendleft(zip(reversed(batch.ops), reversed(batch.futures), strict=True))
                 return error
             logger.debug("a batch of %d operations failed as a whole", len(batch.ops), exc_info=error)
-            replies = [_refused(self._alias, error) for _ in batch.ops]
+            replies = [RedisUnavailable(self._alias, error) for _ in batch.ops]
         self._lane.deliver(list(zip(batch.futures, replies, strict=True)))
         return None
 
@@ -327,14 +327,8 @@ class Pipeline(Generic[Op]):
 
     def _give_up(self) -> Exception:
         if self._trouble is not None:
-            return _refused(self._alias, self._trouble)
+            return RedisUnavailable(self._alias, self._trouble)
         return StorageTimeout(self._timeout, "Redis is busy or away; a write may still be carried out")
-
-
-def _refused(alias: str, cause: BaseException) -> RedisUnavailable:
-    error = RedisUnavailable(alias, cause)
-    error.__cause__ = cause
-    return error
 
 
 def _set_done(future: asyncio.Future[None]) -> None:

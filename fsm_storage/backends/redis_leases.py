@@ -105,7 +105,7 @@ class Claims:
                 await wire.hang_up()
                 pause = min(0.01 * 2**failures, 0.5) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
                 if not is_passing(error) or time.monotonic() + pause >= deadline:
-                    return [_refused(self._alias, error) for _ in claims]
+                    return [RedisUnavailable(self._alias, error) for _ in claims]
                 await asyncio.sleep(pause if failures else 0.0)
                 failures += 1
 
@@ -156,11 +156,5 @@ def _answer(claim: Claim, reply: Any, alias: str) -> Any:
     if isinstance(reply, Exception):
         if is_passing(reply):
             raise reply
-        return _refused(alias, ResponseError(f"{reply} ({claim.key!r})"))
+        return RedisUnavailable(alias, ResponseError(f"{reply} ({claim.key!r})"))
     return None if reply is None else int(reply)
-
-
-def _refused(alias: str, cause: Exception) -> RedisUnavailable:
-    error = RedisUnavailable(alias, cause)
-    error.__cause__ = cause
-    return error
