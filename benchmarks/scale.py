@@ -25,6 +25,8 @@ BASE = 10_000
 RUNS = 7
 BY_HAND = 100_000
 """Up to so many transitions are also rolled up as the sweep does, and the sums compared."""
+SERVER = ("shared_buffers = '4GB'", "max_wal_size = '8GB'")
+"""A server for tables that large has memory for the pages in use, and no checkpoint at every gigabyte of log."""
 LIST = "/admin/fsm_storage/fsmrecord/"
 STEPS = "&".join(f"step=Order:{name}" for name in ("item", "size", "amount", "address", "phone", "payment"))
 
@@ -61,7 +63,7 @@ class Measured(NamedTuple):
 def main() -> None:
     options = _options()
     folder = options.keep or Path(tempfile.mkdtemp(prefix="fsm-scale"))
-    with postgres_server(folder, keep=options.keep is not None) as host:
+    with postgres_server(folder, keep=options.keep is not None, settings=SERVER) as host:
         os.environ.update(DJANGO_SETTINGS_MODULE="benchmarks.scale_settings", BENCH_POSTGRES=host)
         import django
 

