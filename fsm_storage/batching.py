@@ -17,6 +17,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
+from contextlib import suppress
 from enum import Enum
 from typing import Any, Final, Generic, Literal, TypeVar
 
@@ -51,17 +52,21 @@ class Lane:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, give_up: Callable[[], Exception]) -> None:
         self.loop, self._give_up = loop, give_up
-        self._new_future = loop.create_future
+        self.new_future = loop.create_future
         self.waiting: dict[asyncio.Future[Any], float] = {}
+        self.asked: list[tuple[Any, asyncio.Future[Any]]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
 
     def expect(self, deadline: float) -> asyncio.Future[Any]:
-        future: asyncio.Future[Any] = self._new_future()
+        future: asyncio.Future[Any] = self.new_future()
+        self.wait_for(future, deadline)
+        return future
+
+    def wait_for(self, future: asyncio.Future[Any], deadline: float) -> None:
         self.waiting[future] = deadline
         if self._timer is None or deadline < self._due:
             self._set_timer(deadline)
-        return future
 
     def _set_timer(self, due: float) -> None:
         if self._timer is not None:
@@ -99,6 +104,7 @@ _running_loop, _now = asyncio.get_running_loop, time.monotonic
 # An operation on its way: itself, who waits for it, until when. A plain tuple, because there are
 # tens of thousands in a second.
 _Item = tuple[Any, Lane, "asyncio.Future[Any]", float]
+_Part = TypeVar("_Part", bound=tuple[Any, ...])
 
 
 class Batcher(Generic[Op, Reply]):
@@ -108,6 +114,8 @@ class Batcher(Generic[Op, Reply]):
     a value, an exception, or `AGAIN`. `deadline` (monotonic) is when its last caller gives up.
     The operations are all of one type. Those of a batch that are of the type `first` come first, and
     their replies are sent off before the others are begun: their callers go on meanwhile.
+    `at_once(operations)` is asked first, on the event loop's own thread, with what came in one turn of the loop:
+    it answers as `commit` does, or with None if the thread shall do it. It must be quick.
     `key(operation)` is what at most one operation of a batch may have; None never collides.
     `release()` runs in the thread before it ends; `name` is the thread's; `server` is who may not answer.
     """
@@ -123,10 +131,12 @@ class Batcher(Generic[Op, Reply]):
         max_pending: int,
         batch_size: int,
         first: type | None = None,
+        at_once: Callable[[Sequence[Op]], Replies[Reply] | None] | None = None,
         server: str = "database",
     ) -> None:
         self._server, self._first = server, first
         self._commit, self._key, self._release, self._name = commit, key, release, name
+        self._at_once = at_once
         self._timeout, self._max_pending, self._batch_size = timeout, max_pending, batch_size
         self.closed = False
         self._start()
@@ -137,7 +147,7 @@ class Batcher(Generic[Op, Reply]):
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._put_off: deque[tuple[float, _Item]] = deque()
         self._attempts: dict[asyncio.Future[Any], int] = {}
-        self._is_ending = False
+        self._is_ending = self._is_busy = False
         self._room: deque[tuple[Lane, asyncio.Future[None]]] = deque()
         self._lanes: dict[asyncio.AbstractEventLoop, Lane] = {}
         self._thread: threading.Thread | None = None
@@ -152,10 +162,20 @@ class Batcher(Generic[Op, Reply]):
         No coroutine of its own: one less for each operation that waits is a tenth of its cost.
         """
         lane = self._lanes.get(_running_loop()) or self._add_lane()
-        deadline = _now() + self._timeout
-        if self._queue.qsize() >= self._max_pending:
-            return self._submit_later(op, lane, deadline)
-        return self._submit_now(op, lane, deadline)
+        if self._queue.qsize() + len(lane.asked) >= self._max_pending:
+            return self._submit_later(op, lane, _now() + self._timeout)
+        if self._at_once is not None:
+            return self._ask(op, lane)
+        return self._submit_now(op, lane, _now() + self._timeout)
+
+    def _ask(self, op: Op, lane: Lane) -> asyncio.Future[Reply]:
+        if self.closed:
+            raise StorageClosed
+        future: asyncio.Future[Reply] = lane.new_future()
+        if not lane.asked:
+            lane.loop.call_soon(self._answer_asked, lane)
+        lane.asked.append((op, future))
+        return future
 
     def _submit_now(self, op: Op, lane: Lane, deadline: float) -> asyncio.Future[Reply]:
         if self.closed:
@@ -179,6 +199,10 @@ class Batcher(Generic[Op, Reply]):
 
     def shut(self) -> threading.Thread | None:
         """Refuse what comes later; return the thread that is finishing, if there is one."""
+        with suppress(RuntimeError):  # no event loop here
+            lane = self._lanes.get(_running_loop())
+            while lane is not None and lane.asked:
+                self._answer_asked(lane)
         with self._lock:
             if not self.closed:
                 self.closed = True
@@ -186,6 +210,46 @@ class Batcher(Generic[Op, Reply]):
             thread = self._thread
         self._make_room(len(self._room))
         return thread
+
+    def _answer_asked(self, lane: Lane) -> None:
+        """Answer what came in this turn of the loop; what has the key of another one is for the next turn."""
+        asked, lane.asked = lane.asked, []
+        batch: dict[Hashable, tuple[Any, asyncio.Future[Any]]] = {}
+        for item in asked:
+            if item[1].done():  # its caller was cancelled, and nothing has been done
+                continue
+            key = self._key(item[0])
+            if len(batch) >= self._batch_size or (key is not None and key in batch):
+                lane.asked.append(item)
+            else:
+                batch[id(item) if key is None else key] = item
+        if lane.asked:
+            lane.loop.call_soon(self._answer_asked, lane)
+        for part in self._parts(list(batch.values())):
+            self._answer_part(part, lane)
+
+    def _answer_part(self, part: list[tuple[Any, asyncio.Future[Any]]], lane: Lane) -> None:
+        ops = [op for op, _ in part]
+        replies: Replies[Reply] | None = None
+        # What writes stands in line behind what the thread has to do, or it would take the database from it.
+        if self._at_once is not None and (type(ops[0]) is self._first or not self._is_busy):
+            try:
+                replies = self._at_once(ops)
+            except BaseException as error:
+                logger.exception("a batch of %d operations failed as a whole", len(ops))
+                replies = [error] * len(ops)
+        if replies is not None:
+            lane.deliver([(future, reply) for (_, future), reply in zip(part, replies, strict=True)])
+            return
+        deadline = _now() + self._timeout
+        for op, future in part:
+            if self.closed:
+                future.set_exception(StorageClosed())
+                continue
+            lane.wait_for(future, deadline)
+            self._queue.put((op, lane, future, deadline))
+        if self._thread is None and not self.closed:
+            self._start_thread()
 
     def _start_thread(self) -> None:
         with self._lock:
@@ -261,6 +325,7 @@ class Batcher(Generic[Op, Reply]):
                 found = self._queue.get_nowait() if batch else self._wait(now)
             except queue.Empty:
                 break
+            self._is_busy = True
             if found is None:  # shut; behind it comes at most what raced with it
                 self._is_ending = True
             else:
@@ -272,6 +337,7 @@ class Batcher(Generic[Op, Reply]):
         return list(batch.values())
 
     def _wait(self, now: float) -> _Item | None:
+        self._is_busy = bool(self._put_off)
         if self._room:  # what was in the queue had been given up, all of it
             self._make_room(self._max_pending - self._queue.qsize())
         if not self._put_off:
@@ -302,9 +368,9 @@ class Batcher(Generic[Op, Reply]):
             self._thread = threading.current_thread()
             return []
 
-    def _parts(self, batch: list[_Item]) -> list[list[_Item]]:
-        """Sort a batch by the type of operation."""
-        parts: dict[type, list[_Item]] = {}
+    def _parts(self, batch: list[_Part]) -> list[list[_Part]]:
+        """Sort a batch by the type of operation, which each item begins with."""
+        parts: dict[type, list[_Part]] = {}
         for item in batch:
             kind = type(item[0])
             if kind in parts:

@@ -15,6 +15,7 @@ from django.core.checks import CheckMessage
 
 from fsm_storage import signals
 from fsm_storage.backends.arguments import Handlers, Identified, TtlOption, actor_name, edit_ttl, own_ttl
+from fsm_storage.backends.at_once import AtOnce
 from fsm_storage.backends.fencing import HOLD
 from fsm_storage.backends.moving import MovesChats
 from fsm_storage.backends.options import check_options, checked_options, loaded
@@ -104,6 +105,7 @@ class DjangoStorage(MovesChats, BaseStorage):
         self._scope = Scope(alias, history, self.codec)
         self._telling = self._scope._replace(tells=True)
         self._session, self.timeout = Session(database, timeout), timeout
+        self._near = AtOnce(database)
         self._expiry = expiry
         self.sender: type[BaseStorage] = type(self)
         self._limits = {"timeout": timeout, "max_pending": max_pending, "batch_size": batch_size}
@@ -368,27 +370,48 @@ class DjangoStorage(MovesChats, BaseStorage):
         return Batcher(
             self._commit,
             key=_collision_key,
-            release=self._session.release,
+            release=self._release_worker,
             name=f"fsm_storage {self.alias} {what}",
             timeout=self._limits["timeout"],
             max_pending=int(self._limits["max_pending"]),
             batch_size=int(self._limits["batch_size"]),
             first=Read,
+            at_once=self._at_once if self._session.dialect.at_once else None,
         )
+
+    def _release_worker(self) -> None:
+        self._near.close()
+        self._session.release()
 
     def _commit(self, ops: Sequence[Any], deadline: float) -> Replies[Any]:
         """Answer operations of one kind."""
-        kind = type(ops[0])
+        kind, scope = type(ops[0]), self._scope_now
+        self._near.open(self._session.dialect)
         if kind is Read:
-            return self._session.read(ops, self._scope, deadline)
+            return self._session.read(ops, scope, deadline)
         if kind is not Write:
-            return self._session.carry_out(ops, self._scope, deadline)
-        scope = self._telling if signals.is_heard() else self._scope
+            return self._session.carry_out(ops, scope, deadline)
         replies = self._session.write(ops, scope, deadline)
         signals.hint_of(self.alias, ops, replies)
         if LOCKED not in replies:
             return replies
         return [AGAIN if reply is LOCKED else reply for reply in replies]
+
+    def _at_once(self, ops: Sequence[Any]) -> Replies[Any] | None:
+        """Answer operations of one kind on the event loop's own thread; None if the worker's shall do it."""
+        kind, scope, dialect = type(ops[0]), self._scope_now, self._session.dialect
+        if kind is Read:
+            return self._near.run(dialect.read(ops, scope), None, 0)
+        if kind is not Write:
+            return self._near.run(kind.plan(dialect, ops, scope), dialect.write_begin, len(ops))
+        replies = self._near.run(dialect.write(ops, scope), dialect.write_begin, len(ops))
+        if replies is not None:
+            signals.hint_of(self.alias, ops, replies)
+        return replies
+
+    @property
+    def _scope_now(self) -> Scope:
+        return self._telling if signals.is_heard() else self._scope
 
 
 def _collision_key(op: Operation) -> Hashable | None:

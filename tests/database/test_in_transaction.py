@@ -66,8 +66,10 @@ class InTransaction:
     def test_no_thread_is_started(self) -> None:
         import threading
 
+        before = set(threading.enumerate())
         async_to_sync(storages[self.database].set_state)(KEY, "a")
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("fsm_storage")]
+        started = set(threading.enumerate()) - before
+        assert not [thread for thread in started if thread.name.startswith("fsm_storage")]
 
 
 class TestOnSQLite(InTransaction, TestCase):

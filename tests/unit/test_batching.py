@@ -289,3 +289,100 @@ async def test_nothing_is_kept_for_what_is_done(make, commit):
     lane = batcher._lanes[asyncio.get_running_loop()]
     assert not lane.waiting
     assert batcher._queue.qsize() == len(batcher._put_off) == 0
+
+
+class AtOnce:
+    """Answers on the loop's own thread, unless told not to, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list] = []
+        self.can = True
+
+    def __call__(self, ops):
+        assert threading.current_thread() is threading.main_thread()
+        self.asked.append(list(ops))
+        return [value for _, value in ops] if self.can else None
+
+
+@pytest.fixture
+def at_once():
+    return AtOnce()
+
+
+async def test_what_can_be_answered_at_once_needs_no_thread(make, commit, at_once):
+    batcher = make(at_once=at_once)
+    assert await asyncio.gather(*(batcher.submit((n, n)) for n in range(50))) == list(range(50))
+    assert at_once.asked == [[(n, n) for n in range(50)]]
+    assert commit.batches == []
+    assert batcher.shut() is None
+
+
+async def test_what_cannot_be_answered_at_once_goes_to_the_thread(make, commit, at_once):
+    at_once.can = False
+    batcher = make(at_once=at_once)
+    assert await asyncio.gather(*(batcher.submit((n, n)) for n in range(5))) == list(range(5))
+    assert list(chain(*commit.batches)) == [(n, n) for n in range(5)]
+
+
+async def test_behind_a_busy_thread_it_stands_in_line(make, commit, at_once):
+    at_once.can = False
+    batcher = make(at_once=at_once)
+    busy = await held(batcher, commit)
+    at_once.can = True
+    task = asyncio.ensure_future(batcher.submit(("a", 1)))
+    await asyncio.sleep(0.01)
+    assert not task.done()
+    commit.go.set()
+    assert await asyncio.gather(busy, task) == ["busy", 1]
+    assert commit.batches == [[("busy", "busy")], [("a", 1)]]
+    while batcher._is_busy:
+        await asyncio.sleep(0.001)
+    assert await batcher.submit(("b", 2)) == 2
+    assert at_once.asked[-1] == [("b", 2)]
+
+
+async def test_what_comes_first_does_not_stand_in_line(make, commit, at_once):
+    at_once.can = False
+    batcher = make(at_once=at_once, first=tuple)
+    busy = await held(batcher, commit)
+    at_once.can = True
+    assert await batcher.submit(("a", 1)) == 1
+    commit.go.set()
+    await busy
+
+
+async def test_at_once_too_a_key_comes_once_in_a_batch_of_limited_size(make, at_once):
+    batcher = make(at_once=at_once, batch_size=3)
+    keys = ["same", "same", "a", "b", "c"]
+    assert await asyncio.gather(*(batcher.submit((key, n)) for n, key in enumerate(keys))) == [0, 1, 2, 3, 4]
+    assert at_once.asked == [[("same", 0), ("a", 2), ("b", 3)], [("same", 1), ("c", 4)]]
+
+
+async def test_a_cancelled_caller_is_not_asked_for(make, at_once):
+    batcher = make(at_once=at_once)
+    task = asyncio.ensure_future(batcher.submit(("a", 1)))
+    other = asyncio.ensure_future(batcher.submit(("b", 2)))
+    task.cancel()
+    assert await other == 2
+    assert at_once.asked == [[("b", 2)]]
+
+
+async def test_a_fault_of_ours_at_once_reaches_its_callers(make, commit):
+    def at_once(ops):
+        raise RuntimeError("a fault")
+
+    batcher = make(at_once=at_once)
+    with pytest.raises(RuntimeError, match="a fault"):
+        await batcher.submit(("a", 1))
+    assert commit.batches == []
+
+
+@pytest.mark.parametrize("can", [True, False])
+async def test_close_finishes_what_was_asked_in_the_same_turn(make, at_once, can):
+    at_once.can = can
+    batcher = make(at_once=at_once)
+    pending = [batcher.submit(("same", n)) for n in range(3)]
+    await batcher.close()
+    assert await asyncio.gather(*pending) == [0, 1, 2]
+    with pytest.raises(StorageClosed):
+        await batcher.submit(("a", 1))
