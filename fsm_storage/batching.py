@@ -44,6 +44,10 @@ AGAIN: Final = Again.AGAIN
 Replies = Sequence[Reply | BaseException | Literal[Again.AGAIN]]
 
 
+Done = Callable[[Replies[Reply] | None], None]
+Drive = Callable[[Sequence[Op], Done[Reply]], bool]
+
+
 class Lane:
     """One event loop's side: who waits for a reply, and until when. Lives on its loop's thread.
 
@@ -54,7 +58,10 @@ class Lane:
         self.loop, self._give_up = loop, give_up
         self.new_future = loop.create_future
         self.waiting: dict[asyncio.Future[Any], float] = {}
-        self.asked: list[tuple[Any, asyncio.Future[Any]]] = []
+        # What the loop's own connection shall answer, and how many batches it is at.
+        self.asked: list[_Asked] = []
+        self.driven = 0
+        self.at_rest: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
 
@@ -104,6 +111,8 @@ _running_loop, _now = asyncio.get_running_loop, time.monotonic
 # An operation on its way: itself, who waits for it, until when. A plain tuple, because there are
 # tens of thousands in a second.
 _Item = tuple[Any, Lane, "asyncio.Future[Any]", float]
+# One that the loop's own connection may answer.
+_Asked = tuple[Any, "asyncio.Future[Any]"]
 _Part = TypeVar("_Part", bound=tuple[Any, ...])
 
 
@@ -114,8 +123,9 @@ class Batcher(Generic[Op, Reply]):
     a value, an exception, or `AGAIN`. `deadline` (monotonic) is when its last caller gives up.
     The operations are all of one type. Those of a batch that are of the type `first` come first, and
     their replies are sent off before the others are begun: their callers go on meanwhile.
-    `at_once(operations)` is asked first, on the event loop's own thread, with what came in one turn of the loop:
-    it answers as `commit` does, or with None if the thread shall do it. It must be quick.
+    `drive(operations, done)` is asked first, on the event loop's own thread, with what came in one turn of the loop:
+    whether it begins to answer them. Then it calls `done`, at once or later, with the replies, as `commit` returns
+    them, or with None if the thread shall do it. It never raises, and does not hold the loop.
     `key(operation)` is what at most one operation of a batch may have; None never collides.
     `release()` runs in the thread before it ends; `name` is the thread's; `server` is who may not answer.
     """
@@ -131,12 +141,12 @@ class Batcher(Generic[Op, Reply]):
         max_pending: int,
         batch_size: int,
         first: type | None = None,
-        at_once: Callable[[Sequence[Op]], Replies[Reply] | None] | None = None,
+        drive: Drive[Op, Reply] | None = None,
         server: str = "database",
     ) -> None:
         self._server, self._first = server, first
         self._commit, self._key, self._release, self._name = commit, key, release, name
-        self._at_once = at_once
+        self._drive = drive
         self._timeout, self._max_pending, self._batch_size = timeout, max_pending, batch_size
         self.closed = False
         self._start()
@@ -147,7 +157,7 @@ class Batcher(Generic[Op, Reply]):
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._put_off: deque[tuple[float, _Item]] = deque()
         self._attempts: dict[asyncio.Future[Any], int] = {}
-        self._is_ending = self._is_busy = False
+        self._is_ending = False
         self._room: deque[tuple[Lane, asyncio.Future[None]]] = deque()
         self._lanes: dict[asyncio.AbstractEventLoop, Lane] = {}
         self._thread: threading.Thread | None = None
@@ -162,18 +172,24 @@ class Batcher(Generic[Op, Reply]):
         No coroutine of its own: one less for each operation that waits is a tenth of its cost.
         """
         lane = self._lanes.get(_running_loop()) or self._add_lane()
-        if self._queue.qsize() + len(lane.asked) >= self._max_pending:
-            return self._submit_later(op, lane, _now() + self._timeout)
-        if self._at_once is not None:
-            return self._ask(op, lane)
-        return self._submit_now(op, lane, _now() + self._timeout)
+        deadline = _now() + self._timeout
+        if self._queue.qsize() >= self._max_pending:
+            return self._submit_later(op, lane, deadline)
+        return self._submit_now(op, lane, deadline)
 
-    def _ask(self, op: Op, lane: Lane) -> asyncio.Future[Reply]:
+    def ask(self, op: Op) -> Awaitable[Reply]:
+        """Do what `submit` does, but let the loop's own connection answer, if there is one.
+
+        The operation is begun in the next turn of the loop; where there is none any more, it is left out.
+        """
+        lane = self._lanes.get(_running_loop()) or self._add_lane()
+        if self._drive is None or self._queue.qsize() + len(lane.asked) >= self._max_pending:
+            return self.submit(op)
         if self.closed:
             raise StorageClosed
         future: asyncio.Future[Reply] = lane.new_future()
         if not lane.asked:
-            lane.loop.call_soon(self._answer_asked, lane)
+            lane.loop.call_soon(self._hand_over, lane)
         lane.asked.append((op, future))
         return future
 
@@ -194,6 +210,7 @@ class Batcher(Generic[Op, Reply]):
     async def close(self) -> None:
         """Finish what was accepted, for as long as the timeout, and refuse what comes later."""
         thread = self.shut()
+        await self.settle()
         if thread is not None:
             await asyncio.get_running_loop().run_in_executor(None, thread.join, self._timeout)
 
@@ -201,8 +218,11 @@ class Batcher(Generic[Op, Reply]):
         """Refuse what comes later; return the thread that is finishing, if there is one."""
         with suppress(RuntimeError):  # no event loop here
             lane = self._lanes.get(_running_loop())
-            while lane is not None and lane.asked:
-                self._answer_asked(lane)
+            while lane is not None and lane.asked and not lane.driven:
+                self._hand_over(lane)
+            if lane is not None:
+                asked, lane.asked = lane.asked, []
+                self._queue_up(asked, lane)
         with self._lock:
             if not self.closed:
                 self.closed = True
@@ -211,10 +231,12 @@ class Batcher(Generic[Op, Reply]):
         self._make_room(len(self._room))
         return thread
 
-    def _answer_asked(self, lane: Lane) -> None:
+    def _hand_over(self, lane: Lane) -> None:
         """Answer what came in this turn of the loop; what has the key of another one is for the next turn."""
+        if lane.driven:  # it is for when that is done
+            return
         asked, lane.asked = lane.asked, []
-        batch: dict[Hashable, tuple[Any, asyncio.Future[Any]]] = {}
+        batch: dict[Hashable, _Asked] = {}
         for item in asked:
             if item[1].done():  # its caller was cancelled, and nothing has been done
                 continue
@@ -223,33 +245,67 @@ class Batcher(Generic[Op, Reply]):
                 lane.asked.append(item)
             else:
                 batch[id(item) if key is None else key] = item
-        if lane.asked:
-            lane.loop.call_soon(self._answer_asked, lane)
         for part in self._parts(list(batch.values())):
-            self._answer_part(part, lane)
+            self._hand_over_part(part, lane)
+        if lane.asked and not lane.driven:
+            lane.loop.call_soon(self._hand_over, lane)
 
-    def _answer_part(self, part: list[tuple[Any, asyncio.Future[Any]]], lane: Lane) -> None:
-        ops = [op for op, _ in part]
-        replies: Replies[Reply] | None = None
-        # What writes stands in line behind what the thread has to do, or it would take the database from it.
-        if self._at_once is not None and (type(ops[0]) is self._first or not self._is_busy):
-            try:
-                replies = self._at_once(ops)
-            except BaseException as error:
-                logger.exception("a batch of %d operations failed as a whole", len(ops))
-                replies = [error] * len(ops)
-        if replies is not None:
-            lane.deliver([(future, reply) for (_, future), reply in zip(part, replies, strict=True)])
-            return
+    def _hand_over_part(self, part: list[_Asked], lane: Lane) -> None:
+        """Let the loop's own connection answer, or else the thread."""
+        is_late = False
+
+        def done(replies: Replies[Reply] | None) -> None:
+            lane.driven -= 1
+            if lane.at_rest is not None and not lane.driven:
+                _set_done(lane.at_rest)
+            if replies is None:
+                self._queue_up(part, lane)
+            else:
+                self._deliver(part, replies, lane)
+            if is_late and lane.asked:
+                self._hand_over(lane)
+
+        lane.driven += 1
+        if self._drive is None or not self._drive([op for op, _ in part], done):
+            lane.driven -= 1
+            self._queue_up(part, lane)
+        elif lane.driven:
+            is_late = True
+            deadline = _now() + self._timeout
+            for _, future in part:
+                lane.wait_for(future, deadline)
+
+    def _deliver(self, part: list[_Asked], replies: Replies[Reply], lane: Lane) -> None:
+        letters: list[tuple[asyncio.Future[Any], Any]] = []
+        again: list[_Asked] = []
+        for item, reply in zip(part, replies, strict=True):
+            if reply is AGAIN:
+                again.append(item)
+            else:
+                letters.append((item[1], reply))
+        lane.deliver(letters)
+        self._queue_up(again, lane)
+
+    def _queue_up(self, asked: list[_Asked], lane: Lane) -> None:
+        """Leave it to the thread."""
         deadline = _now() + self._timeout
-        for op, future in part:
+        for op, future in asked:
+            if future.done():
+                continue
             if self.closed:
                 future.set_exception(StorageClosed())
                 continue
             lane.wait_for(future, deadline)
             self._queue.put((op, lane, future, deadline))
-        if self._thread is None and not self.closed:
+        if asked and self._thread is None and not self.closed:
             self._start_thread()
+
+    async def settle(self) -> None:
+        """Wait, for as long as the timeout, for what the loop's own connection is at."""
+        lane = self._lanes.get(_running_loop())
+        if lane is not None and lane.driven:
+            lane.at_rest = lane.new_future()
+            await asyncio.wait([lane.at_rest], timeout=self._timeout)
 
     def _start_thread(self) -> None:
         with self._lock:
@@ -325,7 +381,6 @@ class Batcher(Generic[Op, Reply]):
                 found = self._queue.get_nowait() if batch else self._wait(now)
             except queue.Empty:
                 break
-            self._is_busy = True
             if found is None:  # shut; behind it comes at most what raced with it
                 self._is_ending = True
             else:
@@ -337,7 +392,6 @@ class Batcher(Generic[Op, Reply]):
         return list(batch.values())
 
     def _wait(self, now: float) -> _Item | None:
-        self._is_busy = bool(self._put_off)
         if self._room:  # what was in the queue had been given up, all of it
             self._make_room(self._max_pending - self._queue.qsize())
         if not self._put_off:

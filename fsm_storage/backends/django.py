@@ -15,9 +15,9 @@ from django.core.checks import CheckMessage
 
 from fsm_storage import signals
 from fsm_storage.backends.arguments import Handlers, Identified, TtlOption, actor_name, edit_ttl, own_ttl
-from fsm_storage.backends.at_once import AtOnce
 from fsm_storage.backends.fencing import HOLD
 from fsm_storage.backends.moving import MovesChats
+from fsm_storage.backends.near import Near
 from fsm_storage.backends.options import check_options, checked_options, loaded
 from fsm_storage.backends.session import Session
 from fsm_storage.batching import AGAIN, Batcher, Replies
@@ -105,7 +105,7 @@ class DjangoStorage(MovesChats, BaseStorage):
         self._scope = Scope(alias, history, self.codec)
         self._telling = self._scope._replace(tells=True)
         self._session, self.timeout = Session(database, timeout), timeout
-        self._near = AtOnce(database)
+        self._near = Near(database, timeout)
         self._expiry = expiry
         self.sender: type[BaseStorage] = type(self)
         self._limits = {"timeout": timeout, "max_pending": max_pending, "batch_size": batch_size}
@@ -164,6 +164,8 @@ class DjangoStorage(MovesChats, BaseStorage):
     async def close(self) -> None:
         """Finish what was accepted, for `timeout` seconds at the most, and refuse what comes later."""
         threads = self._shut_all()
+        for batcher in self._batchers:
+            await batcher.settle()
         if threads:
             await asyncio.get_running_loop().run_in_executor(None, self._join, threads)
 
@@ -173,8 +175,11 @@ class DjangoStorage(MovesChats, BaseStorage):
 
     def _shut_all(self) -> list[threading.Thread]:
         self.closed = True
-        batchers = dict.fromkeys(batcher for batcher in (self._reads, *self._writes) if batcher)
-        return [thread for batcher in batchers if (thread := batcher.shut())]
+        return [thread for batcher in self._batchers if (thread := batcher.shut())]
+
+    @property
+    def _batchers(self) -> Sequence[Batcher[Operation, Any]]:
+        return list(dict.fromkeys(batcher for batcher in (self._reads, *self._writes) if batcher))
 
     def _join(self, threads: Sequence[threading.Thread]) -> None:
         deadline = time.monotonic() + self._limits["timeout"]
@@ -272,9 +277,10 @@ class DjangoStorage(MovesChats, BaseStorage):
         if self.in_transaction:
             return self._now(op)
         writes = self._writes or self._start()[1]
+        if type(op) is not Write:
+            return writes[0].submit(op)
         # Those of one key meet in one queue, which keeps them apart; in two, they would wait for the row.
-        place = hash(op.key) % len(writes) if type(op) is Write else 0
-        return writes[place].submit(op)
+        return writes[hash(op.key) % len(writes)].ask(op)
 
     async def finish(self, errands: Sequence[Errand]) -> None:
         """Carry out errands of one kind, also after `close()`. Raises the first error."""
@@ -307,7 +313,7 @@ class DjangoStorage(MovesChats, BaseStorage):
     def _read(self, read: Read) -> Awaitable[Any]:
         if self.in_transaction:
             return self._now(read)
-        return (self._reads or self._start()[0]).submit(read)
+        return (self._reads or self._start()[0]).ask(read)
 
     def _write(self, write: Write) -> Awaitable[Any]:
         hold = HOLD.get()
@@ -368,7 +374,7 @@ class DjangoStorage(MovesChats, BaseStorage):
 
     def _batcher(self, what: str) -> Batcher[Operation, Any]:
         return Batcher(
-            self._commit,
+            self._work,
             key=_collision_key,
             release=self._release_worker,
             name=f"fsm_storage {self.alias} {what}",
@@ -376,38 +382,53 @@ class DjangoStorage(MovesChats, BaseStorage):
             max_pending=int(self._limits["max_pending"]),
             batch_size=int(self._limits["batch_size"]),
             first=Read,
-            at_once=self._at_once if self._session.dialect.at_once else None,
+            drive=None if self._session.dialect.drives is None else self._drive,
         )
 
     def _release_worker(self) -> None:
         self._near.close()
         self._session.release()
 
+    def _work(self, ops: Sequence[Any], deadline: float) -> Replies[Any]:
+        """Answer operations of one kind, on a worker thread."""
+        self._near.is_held = type(ops[0]) is not Read
+        try:
+            return self._commit(ops, deadline)
+        finally:
+            self._near.is_held = False
+            self._near.open(self._session.dialect, prepares=self._session.may_prepare)
+
     def _commit(self, ops: Sequence[Any], deadline: float) -> Replies[Any]:
         """Answer operations of one kind."""
         kind, scope = type(ops[0]), self._scope_now
-        self._near.open(self._session.dialect)
         if kind is Read:
             return self._session.read(ops, scope, deadline)
         if kind is not Write:
             return self._session.carry_out(ops, scope, deadline)
-        replies = self._session.write(ops, scope, deadline)
-        signals.hint_of(self.alias, ops, replies)
+        return self._told(ops, self._session.write(ops, scope, deadline))
+
+    def _drive(self, ops: Sequence[Any], done: Callable[[Replies[Any] | None], None]) -> bool:
+        """Begin to answer reads, or writes, on the event loop's thread; say whether that is so."""
+        scope, dialect = self._scope_now, self._near.dialect
+        if dialect is None:
+            return False
+        if type(ops[0]) is Read:
+            return self._near.start(dialect.read(ops, scope), None, len(ops), done)
+        # Where one writes at a time, what writes waits behind the thread, or it would take the lock from it.
+        if (dialect.write_begin and self._near.is_held) or not self._session.are_free(ops):
+            return False
+
+        def told(replies: Sequence[WriteReply] | None) -> None:
+            done(None if replies is None else self._told(ops, replies))
+
+        return self._near.start(dialect.write(ops, scope, free=True), dialect.write_begin, len(ops), told)
+
+    def _told(self, writes: Sequence[Write], replies: Sequence[WriteReply]) -> Replies[Any]:
+        """Tell the live pages of writes; return the replies for the batcher."""
+        signals.hint_of(self.alias, writes, replies)
         if LOCKED not in replies:
             return replies
         return [AGAIN if reply is LOCKED else reply for reply in replies]
-
-    def _at_once(self, ops: Sequence[Any]) -> Replies[Any] | None:
-        """Answer operations of one kind on the event loop's own thread; None if the worker's shall do it."""
-        kind, scope, dialect = type(ops[0]), self._scope_now, self._session.dialect
-        if kind is Read:
-            return self._near.run(dialect.read(ops, scope), None, 0)
-        if kind is not Write:
-            return self._near.run(kind.plan(dialect, ops, scope), dialect.write_begin, len(ops))
-        replies = self._near.run(dialect.write(ops, scope), dialect.write_begin, len(ops))
-        if replies is not None:
-            signals.hint_of(self.alias, ops, replies)
-        return replies
 
     @property
     def _scope_now(self) -> Scope:

@@ -44,6 +44,14 @@ class _Native(NamedTuple):
     names: tuple[str, ...]
 
 
+class Bound(NamedTuple):
+    """A statement as it was written, as the server knows it, and the values of its parameters."""
+
+    text: str
+    sql: bytes
+    values: list[bytes | None]
+
+
 class Prepared:
     """Executes statements on one connection, each prepared at its first time if `prepares`.
 
@@ -57,21 +65,31 @@ class Prepared:
         self._names: dict[str, bytes] = {}
 
     def execute(self, sql: str, params: Sequence[Any] | Mapping[str, Any]) -> Rows:
-        native = _native(sql)
-        values = [params[name] for name in native.names] if isinstance(params, Mapping) else params
-        encoded = [dumped(value) for value in values]
+        bound = self.bound(sql, params)
         if self._prepares:
-            name = self._names.get(sql) or self._prepare(sql, native)
+            name = self._names.get(sql) or self._prepare(bound)
             # A NULL is None here too, which the annotation forgets.
-            result = self._pgconn.exec_prepared(name, encoded)  # type: ignore[arg-type]
+            result = self._pgconn.exec_prepared(name, bound.values)  # type: ignore[arg-type]
         else:
-            result = self._pgconn.exec_params(native.sql, encoded)
+            result = self._pgconn.exec_params(bound.sql, bound.values)
         return self._rows(result)
 
-    def _prepare(self, sql: str, native: _Native) -> bytes:
-        name = f"fsm_storage_{len(self._names)}".encode()
-        self._check(self._pgconn.prepare(name, native.sql))
-        self._names[sql] = name
+    @staticmethod
+    def bound(sql: str, params: Sequence[Any] | Mapping[str, Any]) -> Bound:
+        """Return the statement and its parameters as they go to the server."""
+        native = _native(sql)
+        values = [params[name] for name in native.names] if isinstance(params, Mapping) else params
+        return Bound(sql, native.sql, [dumped(value) for value in values])
+
+    @property
+    def next_name(self) -> bytes:
+        """What the next prepared statement is called."""
+        return f"fsm_storage_{len(self._names)}".encode()
+
+    def _prepare(self, bound: Bound) -> bytes:
+        name = self.next_name
+        self._check(self._pgconn.prepare(name, bound.sql))
+        self._names[bound.text] = name
         return name
 
     def _rows(self, result: PGresult) -> Rows:

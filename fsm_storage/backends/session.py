@@ -111,6 +111,10 @@ class Session:
             errands, lambda unit, some: unit.run_committed(plan(unit.dialect, some, scope)), deadline
         )
 
+    def are_free(self, ops: Sequence[Any]) -> bool:
+        """Say whether none of the writes meets a row that was found locked lately."""
+        return not self._contended or self._contended.isdisjoint(op.key for op in ops)
+
     def write_here(
         self, writes: Sequence[Write], scope: Scope, *, conflicts_raise: bool = True
     ) -> Sequence[WriteReply]:
@@ -244,9 +248,9 @@ class Session:
             return None
         from fsm_storage.backends.libpq import Prepared
 
-        return Prepared(unit.connection.connection, prepares=self._may_prepare(unit.connection))
+        return Prepared(unit.connection.connection, prepares=self.may_prepare(unit.connection))
 
-    def _may_prepare(self, connection: BaseDatabaseWrapper) -> bool:
+    def may_prepare(self, connection: BaseDatabaseWrapper) -> bool:
         """Prepared statements belong to a server connection, which a pooler may swap: these settings say so."""
         settings = connection.settings_dict
         options = settings["OPTIONS"]
@@ -257,7 +261,7 @@ class Session:
         self, unit: Unit, writes: Sequence[Write], scope: Scope, *, may_wait: bool = True
     ) -> list[WriteReply]:
         """Carry out a batch. If a locked row stops it, leave locked rows out, and at last go write by write."""
-        free = may_wait and self._contended.isdisjoint(write.key for write in writes)
+        free = may_wait and self.are_free(writes)
         try:
             return unit.run_committed(unit.dialect.write(writes, scope, free=free))
         except OperationalError as error:

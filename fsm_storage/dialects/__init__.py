@@ -249,8 +249,8 @@ class Dialect(Protocol):
     """Parameters are sent apart from the statement, which Django's own cursor does not do by default."""
     paramstyle: str
     """How the driver's own cursor marks them, "qmark" or "format"."""
-    at_once: Sequence[str]
-    """Statements for a connection on which an event loop's thread may carry out plans itself; none: it may not."""
+    drives: Sequence[str] | None
+    """An event loop may drive connections of its own, after these statements; None: it may not."""
     joins: bool
     """The server takes several statements at once, with semicolons between."""
 

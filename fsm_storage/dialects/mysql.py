@@ -55,7 +55,7 @@ class MySQL:
     write_begin = "START TRANSACTION"
     binds_on_server = False
     paramstyle = "format"
-    at_once = ()
+    drives = None
     joins = True
     claim = staticmethod(leases.claim)
     sweep_leases = staticmethod(leases.sweep)

@@ -135,7 +135,7 @@ class PostgreSQL:
     write_begin = None
     binds_on_server = True
     paramstyle = "format"
-    at_once = ()
+    drives = ()
     joins = False
     claim = staticmethod(leases.claim)
     sweep_leases = staticmethod(leases.sweep)

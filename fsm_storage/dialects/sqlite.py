@@ -152,7 +152,7 @@ class SQLite:
     binds_on_server = False
     paramstyle = "qmark"
     # It waits for no lock and makes no checkpoint, which both would hold the loop.
-    at_once = "PRAGMA busy_timeout = 0", "PRAGMA wal_autocheckpoint = 0", "PRAGMA temp_store = MEMORY"
+    drives = "PRAGMA busy_timeout = 0", "PRAGMA wal_autocheckpoint = 0"
     joins = False
     claim = staticmethod(leases.claim)
     sweep_leases = staticmethod(leases.sweep)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 import time
 from itertools import chain
@@ -291,98 +292,142 @@ async def test_nothing_is_kept_for_what_is_done(make, commit):
     assert batcher._queue.qsize() == len(batcher._put_off) == 0
 
 
-class AtOnce:
-    """Answers on the loop's own thread, unless told not to, and remembers what it was asked."""
+class Driver:
+    """Answers on the loop's own thread: at once, later (at `go()`), or not at all; remembers what it was asked."""
 
     def __init__(self) -> None:
         self.asked: list[list] = []
-        self.can = True
+        self.begins, self.is_late, self.fails = True, False, False
+        self._begun: list = []
 
-    def __call__(self, ops):
+    def __call__(self, ops, done):
         assert threading.current_thread() is threading.main_thread()
         self.asked.append(list(ops))
-        return [value for _, value in ops] if self.can else None
+        if not self.begins:
+            return False
+        answer = functools.partial(done, None if self.fails else [value for _, value in ops])
+        if self.is_late:
+            self._begun.append(answer)
+        else:
+            answer()
+        return True
+
+    def go(self) -> None:
+        begun, self._begun = self._begun, []
+        for answer in begun:
+            answer()
 
 
 @pytest.fixture
-def at_once():
-    return AtOnce()
+def driver():
+    return Driver()
 
 
-async def test_what_can_be_answered_at_once_needs_no_thread(make, commit, at_once):
-    batcher = make(at_once=at_once)
-    assert await asyncio.gather(*(batcher.submit((n, n)) for n in range(50))) == list(range(50))
-    assert at_once.asked == [[(n, n) for n in range(50)]]
+async def test_what_the_loop_can_answer_needs_no_thread(make, commit, driver):
+    batcher = make(drive=driver)
+    assert await asyncio.gather(*(batcher.ask((n, n)) for n in range(50))) == list(range(50))
+    assert driver.asked == [[(n, n) for n in range(50)]]
     assert commit.batches == []
     assert batcher.shut() is None
 
 
-async def test_what_cannot_be_answered_at_once_goes_to_the_thread(make, commit, at_once):
-    at_once.can = False
-    batcher = make(at_once=at_once)
-    assert await asyncio.gather(*(batcher.submit((n, n)) for n in range(5))) == list(range(5))
+@pytest.mark.parametrize("how", ["begins not", "fails", "fails late"])
+async def test_what_the_loop_cannot_answer_goes_to_the_thread(make, commit, driver, how):
+    driver.begins, driver.fails, driver.is_late = how != "begins not", True, how == "fails late"
+    batcher = make(drive=driver)
+    tasks = [asyncio.ensure_future(batcher.ask((n, n))) for n in range(5)]
+    await asyncio.sleep(0.01)
+    driver.go()
+    assert await asyncio.gather(*tasks) == list(range(5))
     assert list(chain(*commit.batches)) == [(n, n) for n in range(5)]
 
 
-async def test_behind_a_busy_thread_it_stands_in_line(make, commit, at_once):
-    at_once.can = False
-    batcher = make(at_once=at_once)
-    busy = await held(batcher, commit)
-    at_once.can = True
-    task = asyncio.ensure_future(batcher.submit(("a", 1)))
+async def test_what_gathers_while_the_connection_is_at_work_goes_together(make, driver):
+    driver.is_late = True
+    batcher = make(drive=driver)
+    tasks = [asyncio.ensure_future(batcher.ask(("a", 0)))]
     await asyncio.sleep(0.01)
-    assert not task.done()
-    commit.go.set()
-    assert await asyncio.gather(busy, task) == ["busy", 1]
-    assert commit.batches == [[("busy", "busy")], [("a", 1)]]
-    while batcher._is_busy:
-        await asyncio.sleep(0.001)
-    assert await batcher.submit(("b", 2)) == 2
-    assert at_once.asked[-1] == [("b", 2)]
+    tasks += [asyncio.ensure_future(batcher.ask((key, key))) for key in ("a", "b", "c")]
+    await asyncio.sleep(0.01)
+    assert driver.asked == [[("a", 0)]]
+    driver.go()
+    driver.go()
+    assert await asyncio.gather(*tasks) == [0, "a", "b", "c"]
+    assert driver.asked[1:] == [[("a", "a"), ("b", "b"), ("c", "c")]]
 
 
-async def test_what_comes_first_does_not_stand_in_line(make, commit, at_once):
-    at_once.can = False
-    batcher = make(at_once=at_once, first=tuple)
-    busy = await held(batcher, commit)
-    at_once.can = True
-    assert await batcher.submit(("a", 1)) == 1
-    commit.go.set()
-    await busy
+async def test_an_answer_that_does_not_come_in_time_is_an_error(make, driver):
+    driver.is_late = True
+    batcher = make(drive=driver, timeout=0.1)
+    with pytest.raises(StorageTimeout):
+        await batcher.ask(("a", 1))
+    driver.go()
+    driver.is_late = False
+    assert await batcher.ask(("a", 2)) == 2
 
 
-async def test_at_once_too_a_key_comes_once_in_a_batch_of_limited_size(make, at_once):
-    batcher = make(at_once=at_once, batch_size=3)
+async def test_the_loops_connection_gets_a_key_once_in_a_batch_of_limited_size(make, driver):
+    batcher = make(drive=driver, batch_size=3)
     keys = ["same", "same", "a", "b", "c"]
-    assert await asyncio.gather(*(batcher.submit((key, n)) for n, key in enumerate(keys))) == [0, 1, 2, 3, 4]
-    assert at_once.asked == [[("same", 0), ("a", 2), ("b", 3)], [("same", 1), ("c", 4)]]
+    assert await asyncio.gather(*(batcher.ask((key, n)) for n, key in enumerate(keys))) == [0, 1, 2, 3, 4]
+    assert driver.asked == [[("same", 0), ("a", 2), ("b", 3)], [("same", 1), ("c", 4)]]
 
 
-async def test_a_cancelled_caller_is_not_asked_for(make, at_once):
-    batcher = make(at_once=at_once)
-    task = asyncio.ensure_future(batcher.submit(("a", 1)))
-    other = asyncio.ensure_future(batcher.submit(("b", 2)))
+async def test_thousands_of_operations_on_a_key_in_one_turn_each_have_theirs(make, driver):
+    batcher = make(drive=driver, max_pending=10_000)
+    assert await asyncio.gather(*(batcher.ask(("same", n)) for n in range(3000))) == list(range(3000))
+    assert len(driver.asked) == 3000
+
+
+async def test_a_cancelled_caller_is_not_asked_for(make, driver):
+    batcher = make(drive=driver)
+    task = asyncio.ensure_future(batcher.ask(("a", 1)))
+    other = asyncio.ensure_future(batcher.ask(("b", 2)))
+    await asyncio.sleep(0)
     task.cancel()
     assert await other == 2
-    assert at_once.asked == [[("b", 2)]]
 
 
-async def test_a_fault_of_ours_at_once_reaches_its_callers(make, commit):
-    def at_once(ops):
-        raise RuntimeError("a fault")
+async def test_what_was_locked_is_asked_again_of_the_thread(make, commit):
+    def drive(ops, done):
+        done([AGAIN if key == "locked" else value for key, value in ops])
+        return True
 
-    batcher = make(at_once=at_once)
-    with pytest.raises(RuntimeError, match="a fault"):
-        await batcher.submit(("a", 1))
-    assert commit.batches == []
+    batcher = make(drive=drive)
+    assert await asyncio.gather(batcher.ask(("locked", 1)), batcher.ask(("b", 2))) == [1, 2]
+    assert commit.batches == [[("locked", 1)]]
 
 
-@pytest.mark.parametrize("can", [True, False])
-async def test_close_finishes_what_was_asked_in_the_same_turn(make, at_once, can):
-    at_once.can = can
-    batcher = make(at_once=at_once)
-    pending = [batcher.submit(("same", n)) for n in range(3)]
+@pytest.mark.parametrize("begins", [True, False])
+async def test_close_finishes_what_was_asked_in_the_same_turn(make, driver, begins):
+    driver.begins = begins
+    batcher = make(drive=driver)
+    pending = [batcher.ask(("same", n)) for n in range(3)]
     await batcher.close()
     assert await asyncio.gather(*pending) == [0, 1, 2]
     with pytest.raises(StorageClosed):
-        await batcher.submit(("a", 1))
+        await batcher.ask(("a", 1))
+
+
+async def test_close_waits_for_what_the_loops_connection_is_at(make, commit, driver):
+    driver.is_late = True
+    batcher = make(drive=driver)
+    tasks = [asyncio.ensure_future(batcher.ask(("a", 1)))]
+    await asyncio.sleep(0.01)
+    tasks.append(asyncio.ensure_future(batcher.ask(("a", 2))))
+    await asyncio.sleep(0.01)
+    closing = asyncio.ensure_future(batcher.close())
+    await asyncio.sleep(0.05)
+    assert not closing.done()
+    driver.go()
+    await closing
+    assert await asyncio.gather(*tasks) == [1, 2]
+    assert commit.batches == [[("a", 2)]]
+
+
+async def test_what_is_submitted_goes_to_the_thread_without_another_turn_of_the_loop(make, commit, driver):
+    batcher = make(drive=driver)
+    future = batcher.submit(("a", 1))
+    await asyncio.to_thread(commit.entered.wait, 5)
+    assert driver.asked == []
+    assert await future == 1

@@ -1,10 +1,11 @@
-"""SQLite on the event loop's own thread: what goes there, what does not, and that nobody notices the difference."""
+"""Connections that an event loop drives itself: what goes there, what does not, and that nobody notices."""
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,15 @@ from aiogram.fsm.storage.base import StorageKey
 from django.db import connections
 
 from fsm_storage import DjangoStorage
-from fsm_storage.backends import at_once
+from fsm_storage.backends import here
 from fsm_storage.exceptions import StorageTimeout, StorageUnavailable
-from tests.conftest import SQLITE
+from tests.conftest import POSTGRES, SQLITE
 from tests.loop_watch import watched_loop
-from tests.rows import in_thread
+from tests.rows import OtherSession, execute, in_thread
 
-pytestmark = pytest.mark.parametrize("database", [SQLITE], indirect=True)
+ONLY_SQLITE = pytest.mark.parametrize("database", [SQLITE], indirect=True)
+ONLY_POSTGRES = pytest.mark.parametrize("database", [POSTGRES], indirect=True)
+BOTH = pytest.mark.parametrize("database", [SQLITE, POSTGRES], indirect=True)
 Make = Callable[..., DjangoStorage]
 
 
@@ -34,19 +37,21 @@ class Seen:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.here = self.apart = 0
-        at_once_, commit = DjangoStorage._at_once, DjangoStorage._commit
+        drive, work = DjangoStorage._drive, DjangoStorage._work
 
-        def noted_at_once(storage: DjangoStorage, ops: Any) -> Any:
-            replies = at_once_(storage, ops)
-            self.here += len(ops) if replies is not None else 0
-            return replies
+        def noted_drive(storage: DjangoStorage, ops: Any, done: Any) -> bool:
+            def noted_done(replies: Any) -> None:
+                self.here += len(ops) if replies is not None else 0
+                done(replies)
 
-        def noted_commit(storage: DjangoStorage, ops: Any, deadline: float) -> Any:
+            return drive(storage, ops, noted_done)
+
+        def noted_work(storage: DjangoStorage, ops: Any, deadline: float) -> Any:
             self.apart += len(ops)
-            return commit(storage, ops, deadline)
+            return work(storage, ops, deadline)
 
-        monkeypatch.setattr(DjangoStorage, "_at_once", noted_at_once)
-        monkeypatch.setattr(DjangoStorage, "_commit", noted_commit)
+        monkeypatch.setattr(DjangoStorage, "_drive", noted_drive)
+        monkeypatch.setattr(DjangoStorage, "_work", noted_work)
 
     def take(self) -> tuple[int, int]:
         """Return how many went here and how many apart, since the last call."""
@@ -61,13 +66,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
 
 async def warm(storage: DjangoStorage) -> None:
-    """Let the worker thread open what it opens, and come to rest."""
+    """Let the worker threads open what they open, and come to rest."""
     await storage.get_state(chat(0))
     await idle(storage)
 
 
 async def idle(storage: DjangoStorage) -> None:
-    while any(batcher._is_busy for batcher in storage._writes):
+    while storage._near.is_held or not storage._near._opened:
         await asyncio.sleep(0.001)
 
 
@@ -80,6 +85,7 @@ def other_process() -> Iterator[sqlite3.Connection]:
         connection.close()
 
 
+@ONLY_SQLITE
 async def test_only_the_first_operation_needs_the_thread(storage: DjangoStorage, seen: Seen) -> None:
     await warm(storage)
     assert seen.take() == (0, 1)
@@ -91,6 +97,7 @@ async def test_only_the_first_operation_needs_the_thread(storage: DjangoStorage,
     assert seen.take() == (40, 0)
 
 
+@ONLY_SQLITE
 async def test_what_another_writer_holds_is_waited_for_in_the_thread(
     storage: DjangoStorage, seen: Seen
 ) -> None:
@@ -113,6 +120,7 @@ async def test_what_another_writer_holds_is_waited_for_in_the_thread(
     assert seen.take() == (1, 0)
 
 
+@ONLY_SQLITE
 async def test_a_lock_that_stays_is_a_clear_error(make_storage: Make) -> None:
     storage = make_storage(timeout=0.5)
     await warm(storage)
@@ -125,6 +133,7 @@ async def test_a_lock_that_stays_is_a_clear_error(make_storage: Make) -> None:
     assert await storage.get_state(chat(1)) == "b"
 
 
+@ONLY_SQLITE
 async def test_a_commit_that_waits_for_the_disk_is_left_to_the_thread(
     storage: DjangoStorage, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +147,7 @@ async def test_a_commit_that_waits_for_the_disk_is_left_to_the_thread(
     assert seen.take() == (1, 1)
 
 
+@BOTH
 async def test_who_watches_the_queries_sees_them(storage: DjangoStorage, seen: Seen, settings: Any) -> None:
     settings.DEBUG = True
     await warm(storage)
@@ -146,22 +156,24 @@ async def test_who_watches_the_queries_sees_them(storage: DjangoStorage, seen: S
     assert seen.take() == (0, 3)
 
 
+@ONLY_SQLITE
 async def test_where_it_is_slow_the_thread_does_all(
     storage: DjangoStorage, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await warm(storage)
     seen.take()
-    monkeypatch.setattr(at_once, "SLOW_SECONDS", 0.0)
-    monkeypatch.setattr(at_once, "PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(here, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(here, "PAUSE_SECONDS", 0.2)
     await storage.get_state(chat(1))
     await storage.get_state(chat(1))
     assert seen.take() == (1, 1)
-    monkeypatch.setattr(at_once, "SLOW_SECONDS", 10.0)
+    monkeypatch.setattr(here, "SLOW_SECONDS", 10.0)
     await asyncio.sleep(0.25)
     await storage.get_state(chat(1))
     assert seen.take() == (1, 0)
 
 
+@ONLY_SQLITE
 async def test_the_write_ahead_log_does_not_grow_for_ever(storage: DjangoStorage, seen: Seen) -> None:
     for number in range(3000):
         await storage.set_state(chat(number % 50), f"s{number}")
@@ -171,6 +183,7 @@ async def test_the_write_ahead_log_does_not_grow_for_ever(storage: DjangoStorage
     assert log.stat().st_size < 64 * 2**20
 
 
+@ONLY_SQLITE
 async def test_a_poisoned_operation_fails_alone(storage: DjangoStorage) -> None:
     await warm(storage)
     await in_thread(
@@ -196,16 +209,17 @@ async def test_a_poisoned_operation_fails_alone(storage: DjangoStorage) -> None:
     assert [await storage.get_state(chat(number)) for number in (2, 3, 4)] == ["good", None, "good"]
 
 
+@ONLY_SQLITE
 async def test_closing_closes_the_connections(storage: DjangoStorage) -> None:
     await warm(storage)
-    idle_ones = list(storage._near._idle)
-    assert idle_ones
+    [(connection, _)] = storage._near._idle
     await storage.close()
     assert not storage._near._idle
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
-        idle_ones[0].execute("SELECT 1")
+        connection._connection.execute("SELECT 1")  # type: ignore[attr-defined]
 
 
+@BOTH
 def test_loops_in_several_threads_have_connections_of_their_own(storage: DjangoStorage, seen: Seen) -> None:
     wrong: list[object] = []
 
@@ -226,3 +240,135 @@ def test_loops_in_several_threads_have_connections_of_their_own(storage: DjangoS
     here, apart = seen.take()
     assert here + apart == 804
     assert here
+
+
+@ONLY_POSTGRES
+async def test_postgresql_needs_the_thread_for_the_first_operations_only(
+    storage: DjangoStorage, seen: Seen
+) -> None:
+    await opened(storage)
+    seen.take()
+    for number in range(10):
+        await storage.set_state(chat(number), "a")
+        await storage.update_data(chat(number), {"n": number})
+        assert await storage.get_state(chat(number)) == "a"
+        assert await storage.get_data(chat(number)) == {"n": number}
+    assert seen.take() == (40, 0)
+
+
+async def opened(storage: DjangoStorage) -> None:
+    """Wait for the first connection."""
+    await storage.get_state(chat(0))
+    while not storage._near._idle:
+        await asyncio.sleep(0.001)
+
+
+@ONLY_POSTGRES
+async def test_more_than_a_socket_takes_at_a_time(storage: DjangoStorage, seen: Seen) -> None:
+    await opened(storage)
+    seen.take()
+    text = "x" * 40_000
+    async with watched_loop() as watch:
+        await asyncio.gather(*(storage.update_data(chat(n), {"text": text, "n": n}) for n in range(300)))
+    found = await asyncio.gather(*(storage.get_data(chat(n)) for n in range(300)))
+    assert found == [{"text": text, "n": n} for n in range(300)]
+    assert seen.take()[0] > 300
+    assert watch.longest < 0.5
+
+
+@ONLY_POSTGRES
+@pytest.mark.parametrize("history", ["off", "states", "full"])
+async def test_connections_that_the_server_ends_are_replaced(
+    make_storage: Make, seen: Seen, history: str
+) -> None:
+    storage = make_storage(history=history)
+    await opened(storage)
+    for round_ in range(5):
+        writes = [asyncio.ensure_future(storage.update_data(chat(n), {f"r{round_}": n})) for n in range(100)]
+        await asyncio.sleep(0.001 * round_)
+        await in_thread(lambda: end_all("postgres"))
+        await asyncio.gather(*writes)
+    for n in range(100):
+        assert await storage.get_data(chat(n)) == {f"r{round_}": n for round_ in range(5)}
+    await opened(storage)
+    seen.take()
+    assert await storage.get_state(chat(1)) is None
+    assert seen.take() == (1, 0)
+
+
+def end_all(database: str) -> None:
+    execute(
+        database,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+        " AND datname = current_database()",
+    )
+
+
+@ONLY_POSTGRES
+async def test_a_server_that_does_not_answer_is_a_clear_error_and_then_it_works_again(
+    make_storage: Make, seen: Seen
+) -> None:
+    storage = make_storage(timeout=0.5)
+    await storage.set_state(chat(1), "a")
+    await opened(storage)
+    other = OtherSession("postgres")
+    other.execute("LOCK TABLE fsm_storage_record IN ACCESS EXCLUSIVE MODE")
+    began = time.monotonic()
+    with pytest.raises((StorageTimeout, StorageUnavailable)):
+        await storage.get_state(chat(1))
+    assert time.monotonic() - began < 3
+    other.rollback()
+    other.close()
+    assert await storage.get_state(chat(1)) == "a"
+
+
+@ONLY_POSTGRES
+async def test_a_held_record_is_left_to_the_thread_and_the_others_go_on(
+    storage: DjangoStorage, seen: Seen
+) -> None:
+    await asyncio.gather(*(storage.set_state(chat(n), "before") for n in range(10)))
+    await opened(storage)
+    other = OtherSession("postgres")
+    other.execute("UPDATE fsm_storage_record SET state = 'held' WHERE chat_id = 3")
+    writes = [asyncio.ensure_future(storage.set_state(chat(n), "after")) for n in range(10)]
+    await asyncio.wait([write for n, write in enumerate(writes) if n != 3])
+    seen.take()
+    for _ in range(5):
+        await storage.set_state(chat(4), "later")
+    assert seen.take()[0] == 5
+    assert not writes[3].done()
+    other.rollback()
+    other.close()
+    await asyncio.gather(*writes)
+    assert await storage.get_state(chat(3)) == "after"
+
+
+@ONLY_POSTGRES
+async def test_where_a_pooler_swaps_connections_nothing_is_prepared(
+    storage: DjangoStorage, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(connections["postgres"].settings_dict, "DISABLE_SERVER_SIDE_CURSORS", True)
+    await opened(storage)
+    seen.take()
+    for number in range(10):
+        await storage.update_data(chat(number), {"n": number})
+        assert await storage.get_data(chat(number)) == {"n": number}
+    assert seen.take() == (20, 0)
+    assert all(not line._names for line, _ in storage._near._idle)  # type: ignore[attr-defined]
+
+
+@ONLY_POSTGRES
+def test_a_loop_that_ends_in_mid_write_takes_no_connection_with_it(storage: DjangoStorage) -> None:
+    async def main() -> None:
+        await opened(storage)
+        left = [asyncio.ensure_future(storage.set_state(chat(n), "a")) for n in range(50)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert storage._near._lent
+        assert not any(task.done() for task in left)
+
+    for _ in range(3):
+        asyncio.run(main())
+    storage.shut()
+    assert not storage._near._idle
+    assert not storage._near._lent

@@ -1,0 +1,170 @@
+"""Connections that an event loop drives itself, because to wake another thread takes longer than the work.
+
+The worker thread opens and closes them, and does whatever they are not for: it has the retries, the errors,
+and the patience.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Protocol
+
+from django.db import Error, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from fsm_storage.backends.here import Here
+from fsm_storage.dialects import Dialect, Plan
+
+Done = Callable[[Any], None]
+
+MAX_CONNECTIONS = 8
+"""So many at a time; event loops that find none use the worker thread."""
+
+
+class Driven(Protocol):
+    """A connection that is lent to one event loop at a time."""
+
+    is_usable: bool
+
+    def start(self, plan: Plan[Any], begin: str | None, operations: int, done: Done) -> bool:
+        """Begin to carry `plan` out, in a transaction that the statement `begin` opens; `operations`: how many it is.
+
+        Say whether that is so: then `done` is called, at once or later, with the replies; with None if there was
+        an error of any kind, for the worker thread to meet too.
+        """
+
+    def close(self) -> None:
+        """Close it, from any thread, while it is not lent."""
+
+
+class Near:
+    """The connections of one storage, lent to whichever event loop has something to do."""
+
+    def __init__(self, database: str, timeout: float) -> None:
+        self._database, self._timeout = database, timeout
+        self._start()
+        _all.add(self)
+
+    def _start(self) -> None:
+        self._closing = threading.Lock()
+        self._idle: list[tuple[Driven, float]] = []
+        self._lent: dict[Driven, asyncio.AbstractEventLoop] = {}
+        self._opened = self._generation = 0
+        self.dialect: Dialect | None = None
+        """That of the server; None until there has been a connection."""
+        self.is_held = False
+        """The worker thread is writing, or waits for the lock to."""
+
+    def start(self, plan: Plan[Any], begin: str | None, operations: int, done: Done) -> bool:
+        """Begin to carry out a plan as `Driven.start` does, if there is a connection for it."""
+        generation = self._generation
+        try:
+            connection, until = self._idle.pop()
+        except IndexError:
+            return False
+        if until < time.monotonic():
+            connection.close()
+            self._opened -= 1
+            return False
+
+        def finished(replies: Any) -> None:
+            self._take_back(connection, until, generation)
+            done(replies)
+
+        self._lent[connection] = asyncio.get_running_loop()
+        if connection.start(plan, begin, operations, finished):
+            return True
+        self._take_back(connection, until, generation)
+        return False
+
+    def _take_back(self, connection: Driven, until: float, generation: int) -> None:
+        self._lent.pop(connection, None)
+        with self._closing:
+            if generation == self._generation:
+                if connection.is_usable:
+                    self._idle.append((connection, until))
+                    return
+                self._opened -= 1
+        connection.close()
+
+    def open(self, dialect: Dialect, *, prepares: Callable[[BaseDatabaseWrapper], bool]) -> None:
+        """Open another connection, if none is idle and the database is one for it. In the worker thread."""
+        if self._idle or dialect.drives is None:
+            return
+        self._reclaim()
+        if self._opened >= MAX_CONNECTIONS:
+            return
+        wrapper = connections.create_connection(self._database)
+        connection: Driven | None = None
+        with suppress(Error):  # the worker's own connection meets the same, and says so
+            connection = self._connect(wrapper, dialect, prepares)
+        if connection is None:
+            self._opened = MAX_CONNECTIONS  # not tried again before the worker's connection is another
+            with suppress(Error):
+                wrapper.close()
+            return
+        age = wrapper.settings_dict["CONN_MAX_AGE"]
+        self._opened += 1
+        self._idle.append((connection, time.monotonic() + age if age else float("inf")))
+
+    def _connect(
+        self,
+        wrapper: BaseDatabaseWrapper,
+        dialect: Dialect,
+        prepares: Callable[[BaseDatabaseWrapper], bool],
+    ) -> Driven | None:
+        """Return a connection that any thread may use; None where it would be of no use."""
+        wrapper.ensure_connection()
+        # Who watches the queries shall see them. A pool wants its connections back.
+        if wrapper.execute_wrappers or wrapper.queries_logged or wrapper.settings_dict["OPTIONS"].get("pool"):
+            return None
+        wrapper.set_autocommit(True)
+        with wrapper.cursor() as cursor:
+            for sql in (*dialect.session(self._timeout), *(dialect.drives or ())):
+                cursor.execute(sql)
+        self.dialect = dialect.at(getattr(wrapper, "pg_version", 0))
+        if dialect.binds_on_server:
+            from fsm_storage.backends.line import Line
+
+            return Line(wrapper.connection, prepares=prepares(wrapper), timeout=self._timeout)
+        return Here.on(wrapper.connection)
+
+    def close(self) -> None:
+        """Close the idle connections; those that are lent are closed when they come back. In any thread."""
+        self._reclaim()
+        with self._closing:
+            self._generation += 1
+            idle, self._idle, self._opened = self._idle, [], 0
+        for connection, _ in idle:
+            connection.close()
+
+    def _reclaim(self) -> None:
+        """Close what was lent to loops that were closed meanwhile."""
+        for connection, loop in list(self._lent.items()):
+            if not loop.is_closed():
+                continue
+            was_there = self._lent.pop(connection, None)
+            if was_there is not None:
+                self._opened -= 1
+                connection.close()
+
+
+_all: weakref.WeakSet[Near] = weakref.WeakSet()
+_left_behind: list[Any] = []
+"""A forked child must neither use its parent's connections nor close them."""
+
+
+def _start_anew() -> None:
+    for near in list(_all):
+        _left_behind.extend((near._idle, near._lent))
+        near._start()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
