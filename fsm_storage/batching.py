@@ -158,6 +158,7 @@ class Batcher(Generic[Op, Reply]):
         self._put_off: deque[tuple[float, _Item]] = deque()
         self._attempts: dict[asyncio.Future[Any], int] = {}
         self._is_ending = False
+        self._driven_at = 0.0
         self._room: deque[tuple[Lane, asyncio.Future[None]]] = deque()
         self._lanes: dict[asyncio.AbstractEventLoop, Lane] = {}
         self._thread: threading.Thread | None = None
@@ -269,9 +270,11 @@ class Batcher(Generic[Op, Reply]):
         if self._drive is None or not self._drive([op for op, _ in part], done):
             lane.driven -= 1
             self._queue_up(part, lane)
-        elif lane.driven:
+            return
+        self._driven_at = now = _now()
+        if lane.driven:
             is_late = True
-            deadline = _now() + self._timeout
+            deadline = now + self._timeout
             for _, future in part:
                 lane.wait_for(future, deadline)
 
@@ -414,6 +417,8 @@ class Batcher(Generic[Op, Reply]):
     def _end_if_idle(self) -> list[_Item] | None:
         if self._is_ending:
             return None if self._queue.empty() else []
+        if _now() - self._driven_at < IDLE_SECONDS:  # the loops' connections would end with the thread
+            return []
         # In this order: whoever puts something in after the second look has seen that there is no thread.
         with self._lock:
             self._thread = None

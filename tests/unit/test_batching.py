@@ -431,3 +431,15 @@ async def test_what_is_submitted_goes_to_the_thread_without_another_turn_of_the_
     await asyncio.to_thread(commit.entered.wait, 5)
     assert driver.asked == []
     assert await future == 1
+
+
+async def test_the_thread_stays_while_the_loops_connection_is_in_use(make, driver, monkeypatch):
+    monkeypatch.setattr("fsm_storage.batching.IDLE_SECONDS", 0.3)
+    released = threading.Event()
+    batcher = make(drive=driver, release=released.set)
+    await batcher.submit(("a", 0))
+    for n in range(10):
+        await asyncio.sleep(0.1)
+        await batcher.ask(("a", n))
+        assert not released.is_set()
+    assert await asyncio.to_thread(released.wait, 5)
