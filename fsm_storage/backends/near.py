@@ -25,6 +25,8 @@ Done = Callable[[Any], None]
 
 MAX_CONNECTIONS = 8
 """So many at a time; event loops that find none use the worker thread."""
+PAUSE_SECONDS = 30.0
+"""How long it takes until another is tried where the last one was of no use."""
 
 
 class Driven(Protocol):
@@ -56,6 +58,7 @@ class Near:
         self._idle: list[tuple[Driven, float]] = []
         self._lent: dict[Driven, asyncio.AbstractEventLoop] = {}
         self._opened = self._generation = 0
+        self._not_before = 0.0
         self.dialect: Dialect | None = None
         """That of the server; None until there has been a connection."""
         self.is_held = False
@@ -95,7 +98,8 @@ class Near:
 
     def open(self, dialect: Dialect, *, prepares: Callable[[BaseDatabaseWrapper], bool]) -> None:
         """Open another connection, if none is idle and the database is one for it. In the worker thread."""
-        if self._idle or dialect.drives is None:
+        now = time.monotonic()
+        if self._idle or dialect.drives is None or now < self._not_before:
             return
         self._reclaim()
         if self._opened >= MAX_CONNECTIONS:
@@ -105,13 +109,13 @@ class Near:
         with suppress(Error):  # the worker's own connection meets the same, and says so
             connection = self._connect(wrapper, dialect, prepares)
         if connection is None:
-            self._opened = MAX_CONNECTIONS  # not tried again before the worker's connection is another
+            self._not_before = now + PAUSE_SECONDS
             with suppress(Error):
                 wrapper.close()
             return
         age = wrapper.settings_dict["CONN_MAX_AGE"]
         self._opened += 1
-        self._idle.append((connection, time.monotonic() + age if age else float("inf")))
+        self._idle.append((connection, now + age if age else float("inf")))
 
     def _connect(
         self,

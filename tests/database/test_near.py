@@ -16,7 +16,7 @@ from aiogram.fsm.storage.base import StorageKey
 from django.db import connections
 
 from fsm_storage import DjangoStorage
-from fsm_storage.backends import here
+from fsm_storage.backends import here, near
 from fsm_storage.exceptions import StorageTimeout, StorageUnavailable
 from tests.conftest import POSTGRES, SQLITE
 from tests.loop_watch import watched_loop
@@ -261,6 +261,24 @@ async def opened(storage: DjangoStorage) -> None:
     await storage.get_state(chat(0))
     while not storage._near._idle:
         await asyncio.sleep(0.001)
+
+
+@BOTH
+async def test_where_none_could_be_opened_it_is_tried_again_later(
+    storage: DjangoStorage, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(near, "PAUSE_SECONDS", 0.2)
+    connect = near.Near._connect
+    monkeypatch.setattr(near.Near, "_connect", lambda *args: None)
+    for _ in range(3):
+        await storage.get_state(chat(1))
+    assert seen.take() == (0, 3)
+    monkeypatch.setattr(near.Near, "_connect", connect)
+    await asyncio.sleep(0.25)
+    await opened(storage)
+    seen.take()
+    await storage.get_state(chat(1))
+    assert seen.take() == (1, 0)
 
 
 @ONLY_POSTGRES
