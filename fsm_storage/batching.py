@@ -70,10 +70,15 @@ class Lane:
         self.wait_for(future, deadline)
         return future
 
-    def wait_for(self, future: asyncio.Future[Any], deadline: float) -> None:
+    def wait_for(self, future: asyncio.Future[Any], deadline: float) -> float:
+        """Fail `future` at its deadline: this one, or the one that it has already. Return which."""
+        known = self.waiting.get(future)
+        if known is not None:
+            return known
         self.waiting[future] = deadline
         if self._timer is None or deadline < self._due:
             self._set_timer(deadline)
+        return deadline
 
     def _set_timer(self, due: float) -> None:
         if self._timer is not None:
@@ -189,7 +194,9 @@ class Batcher(Generic[Op, Reply]):
         if self.closed:
             raise StorageClosed
         future: asyncio.Future[Reply] = lane.new_future()
-        if not lane.asked:
+        if lane.driven:  # which may take its time
+            lane.wait_for(future, _now() + self._timeout)
+        elif not lane.asked:
             lane.loop.call_soon(self._hand_over, lane)
         lane.asked.append((op, future))
         return future
@@ -298,8 +305,7 @@ class Batcher(Generic[Op, Reply]):
             if self.closed:
                 future.set_exception(StorageClosed())
                 continue
-            lane.wait_for(future, deadline)
-            self._queue.put((op, lane, future, deadline))
+            self._queue.put((op, lane, future, lane.wait_for(future, deadline)))
         if asked and self._thread is None and not self.closed:
             self._start_thread()
 

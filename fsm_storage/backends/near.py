@@ -66,11 +66,10 @@ class Near:
 
     def start(self, plan: Plan[Any], begin: str | None, operations: int, done: Done) -> bool:
         """Begin to carry out a plan as `Driven.start` does, if there is a connection for it."""
-        generation = self._generation
-        try:
-            connection, until = self._idle.pop()
-        except IndexError:
-            return False
+        with self._closing:
+            if not self._idle:
+                return False
+            generation, (connection, until) = self._generation, self._idle.pop()
         if until < time.monotonic():
             connection.close()
             self._opened -= 1
