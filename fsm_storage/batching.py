@@ -132,6 +132,7 @@ class Batcher(Generic[Op, Reply]):
     whether it begins to answer them. Then it calls `done`, at once or later, with the replies, as `commit` returns
     them, or with None if the thread shall do it. It never raises, and does not hold the loop.
     `key(operation)` is what at most one operation of a batch may have; None never collides.
+    `after()` runs in the thread when a batch is answered; it never raises.
     `release()` runs in the thread before it ends; `name` is the thread's; `server` is who may not answer.
     """
 
@@ -147,11 +148,12 @@ class Batcher(Generic[Op, Reply]):
         batch_size: int,
         first: type | None = None,
         drive: Drive[Op, Reply] | None = None,
+        after: Callable[[], None] | None = None,
         server: str = "database",
     ) -> None:
         self._server, self._first = server, first
         self._commit, self._key, self._release, self._name = commit, key, release, name
-        self._drive = drive
+        self._drive, self._after = drive, after
         self._timeout, self._max_pending, self._batch_size = timeout, max_pending, batch_size
         self.closed = False
         self._start()
@@ -224,13 +226,10 @@ class Batcher(Generic[Op, Reply]):
 
     def shut(self) -> threading.Thread | None:
         """Refuse what comes later; return the thread that is finishing, if there is one."""
-        with suppress(RuntimeError):  # no event loop here
-            lane = self._lanes.get(_running_loop())
-            while lane is not None and lane.asked and not lane.driven:
-                self._hand_over(lane)
-            if lane is not None:
-                asked, lane.asked = lane.asked, []
-                self._queue_up(asked, lane)
+        with suppress(
+            RuntimeError
+        ):  # no event loop here; another one's operations go to the thread, which comes back
+            self._hand_over_all(self._lanes.get(_running_loop()))
         with self._lock:
             if not self.closed:
                 self.closed = True
@@ -257,6 +256,10 @@ class Batcher(Generic[Op, Reply]):
             self._hand_over_part(part, lane)
         if lane.asked and not lane.driven:
             lane.loop.call_soon(self._hand_over, lane)
+        elif lane.asked:  # behind what may take its time
+            deadline = _now() + self._timeout
+            for _, future in lane.asked:
+                lane.wait_for(future, deadline)
 
     def _hand_over_part(self, part: list[_Asked], lane: Lane) -> None:
         """Let the loop's own connection answer, or else the thread."""
@@ -302,18 +305,23 @@ class Batcher(Generic[Op, Reply]):
         for op, future in asked:
             if future.done():
                 continue
-            if self.closed:
-                future.set_exception(StorageClosed())
-                continue
             self._queue.put((op, lane, future, lane.wait_for(future, deadline)))
-        if asked and self._thread is None and not self.closed:
+        if asked and self._thread is None:  # also after `close()`: it was accepted before
             self._start_thread()
+
+    def _hand_over_all(self, lane: Lane | None) -> None:
+        while lane is not None and lane.asked and not lane.driven:
+            self._hand_over(lane)
+        if lane is not None:
+            asked, lane.asked = lane.asked, []
+            self._queue_up(asked, lane)
 
     async def settle(self) -> None:
         """Wait, for as long as the timeout, for what the loop's own connection is at."""
         lane = self._lanes.get(_running_loop())
         if lane is not None and lane.driven:
-            lane.at_rest = lane.new_future()
+            if lane.at_rest is None or lane.at_rest.done():
+                lane.at_rest = lane.new_future()
             await asyncio.wait([lane.at_rest], timeout=self._timeout)
 
     def _start_thread(self) -> None:
@@ -372,6 +380,8 @@ class Batcher(Generic[Op, Reply]):
             while (batch := self._take()) is not None:
                 for part in self._parts(batch):
                     self._answer(part)
+                if self._after is not None:
+                    self._after()
         finally:
             self._release()
 
@@ -421,9 +431,9 @@ class Batcher(Generic[Op, Reply]):
             batch[key] = item
 
     def _end_if_idle(self) -> list[_Item] | None:
-        if self._is_ending:
-            return None if self._queue.empty() else []
-        if _now() - self._driven_at < IDLE_SECONDS:  # the loops' connections would end with the thread
+        if (
+            not self._is_ending and _now() - self._driven_at < IDLE_SECONDS
+        ):  # the loops' connections would end with the thread
             return []
         # In this order: whoever puts something in after the second look has seen that there is no thread.
         with self._lock:
@@ -448,7 +458,7 @@ class Batcher(Generic[Op, Reply]):
     def _answer(self, batch: list[_Item]) -> None:
         replies: Replies[Reply]
         try:
-            replies = self._commit([item[0] for item in batch], batch[-1][3])
+            replies = self._commit([item[0] for item in batch], max([item[3] for item in batch]))
         except BaseException as error:  # a fault of ours: its callers must not wait for ever
             logger.exception("a batch of %d operations failed as a whole", len(batch))
             replies = [error] * len(batch)

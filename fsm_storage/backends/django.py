@@ -383,6 +383,7 @@ class DjangoStorage(MovesChats, BaseStorage):
             batch_size=int(self._limits["batch_size"]),
             first=Read,
             drive=None if self._session.dialect.drives is None else self._drive,
+            after=self._open_near,
         )
 
     def _release_worker(self) -> None:
@@ -396,7 +397,9 @@ class DjangoStorage(MovesChats, BaseStorage):
             return self._commit(ops, deadline)
         finally:
             self._near.is_held = False
-            self._near.open(self._session.dialect, prepares=self._session.may_prepare)
+
+    def _open_near(self) -> None:
+        self._near.open(self._session.dialect, prepares=self._session.may_prepare)
 
     def _commit(self, ops: Sequence[Any], deadline: float) -> Replies[Any]:
         """Answer operations of one kind."""

@@ -42,12 +42,14 @@ class Here:
         if began < self._paused_until or (begin is not None and not self._may_begin(operations)):
             return False
         replies = None
-        # Whatever it is: the thread meets it too, and knows what to do.
-        with suppress(Exception):
-            replies = self._carried_out(plan, begin)
-        plan.close()
-        if self._connection.in_transaction:
-            self._roll_back()
+        try:
+            # Whatever it is: the thread meets it too, and knows what to do.
+            with suppress(Exception):
+                replies = self._carried_out(plan, begin)
+        finally:
+            plan.close()
+            if self._connection.in_transaction:
+                self._roll_back()
         self._pace += (time.monotonic() - began - self._pace) / 8
         if self._pace > SLOW_SECONDS:
             self._pace, self._paused_until = 0.0, time.monotonic() + PAUSE_SECONDS

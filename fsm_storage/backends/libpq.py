@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from psycopg import OperationalError
@@ -81,13 +82,13 @@ class Prepared:
         values = [params[name] for name in native.names] if isinstance(params, Mapping) else params
         return Bound(sql, native.sql, [dumped(value) for value in values])
 
-    @property
-    def next_name(self) -> bytes:
-        """What the next prepared statement is called."""
-        return f"fsm_storage_{len(self._names)}".encode()
+    @staticmethod
+    def name_of(bound: Bound) -> bytes:
+        """Return what a prepared statement is called: on whichever connection a pooler gives us, it is this one."""
+        return b"fsm_storage_" + sha256(bound.sql).hexdigest()[:24].encode()
 
     def _prepare(self, bound: Bound) -> bytes:
-        name = self.next_name
+        name = self.name_of(bound)
         self._check(self._pgconn.prepare(name, bound.sql))
         self._names[bound.text] = name
         return name

@@ -104,7 +104,7 @@ class Line(Prepared):
         elif name is not None:
             self._execute(name)
         else:
-            self._preparing = self.next_name
+            self._preparing = self.name_of(self._bound)
             self._pgconn.send_prepare(self._preparing, self._bound.sql)
             self._flush()
 

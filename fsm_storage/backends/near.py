@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
-from django.db import Error, connections
+from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from fsm_storage.backends.here import Here
@@ -97,24 +97,24 @@ class Near:
 
     def open(self, dialect: Dialect, *, prepares: Callable[[BaseDatabaseWrapper], bool]) -> None:
         """Open another connection, if none is idle and the database is one for it. In the worker thread."""
-        now = time.monotonic()
-        if self._idle or dialect.drives is None or now < self._not_before:
+        if self._idle or dialect.drives is None or time.monotonic() < self._not_before:
             return
         self._reclaim()
         if self._opened >= MAX_CONNECTIONS:
             return
         wrapper = connections.create_connection(self._database)
         connection: Driven | None = None
-        with suppress(Error):  # the worker's own connection meets the same, and says so
+        # Whatever it is: the worker's own connection meets the same, and says so.
+        with suppress(Exception):
             connection = self._connect(wrapper, dialect, prepares)
         if connection is None:
-            self._not_before = now + PAUSE_SECONDS
-            with suppress(Error):
+            self._not_before = time.monotonic() + PAUSE_SECONDS
+            with suppress(Exception):
                 wrapper.close()
             return
         age = wrapper.settings_dict["CONN_MAX_AGE"]
         self._opened += 1
-        self._idle.append((connection, now + age if age else float("inf")))
+        self._idle.append((connection, time.monotonic() + age if age else float("inf")))
 
     def _connect(
         self,
@@ -123,9 +123,11 @@ class Near:
         prepares: Callable[[BaseDatabaseWrapper], bool],
     ) -> Driven | None:
         """Return a connection that any thread may use; None where it would be of no use."""
+        # A pool wants its connections back, and has none to spare. Who watches the queries shall see them.
+        if wrapper.settings_dict["OPTIONS"].get("pool") or wrapper.queries_logged:
+            return None
         wrapper.ensure_connection()
-        # Who watches the queries shall see them. A pool wants its connections back.
-        if wrapper.execute_wrappers or wrapper.queries_logged or wrapper.settings_dict["OPTIONS"].get("pool"):
+        if wrapper.execute_wrappers:
             return None
         wrapper.set_autocommit(True)
         with wrapper.cursor() as cursor:

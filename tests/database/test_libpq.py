@@ -65,7 +65,10 @@ def test_a_statement_is_prepared_once() -> None:
     names = direct.execute(
         "SELECT name::text FROM pg_prepared_statements WHERE name LIKE %s", ["fsm_storage%"]
     )
-    assert sorted(names) == [("fsm_storage_0",), ("fsm_storage_1",)]
+    assert len(names) == 2
+    # By what it says: on a connection that a pooler gives instead, the name means the same or nothing.
+    assert {name.encode() for (name,) in names} == set(direct._names.values())
+    assert direct.name_of(direct.bound("SELECT 1", [])) != direct.name_of(direct.bound("SELECT 2", []))
     connections["postgres"].close()
 
 

@@ -443,3 +443,24 @@ async def test_the_thread_stays_while_the_loops_connection_is_in_use(make, drive
         await batcher.ask(("a", n))
         assert not released.is_set()
     assert await asyncio.to_thread(released.wait, 5)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_close_finishes_what_the_loops_connection_gives_back(make, commit, driver, fails):
+    driver.is_late, driver.fails = True, fails
+    batcher = make(drive=driver)
+    tasks = [asyncio.ensure_future(batcher.ask(("a", n))) for n in range(3)]
+    await asyncio.sleep(0.01)
+    await asyncio.to_thread(batcher.shut)
+    driver.is_late = False
+    driver.go()
+    assert await asyncio.gather(*tasks) == [0, 1, 2]
+
+
+async def test_what_is_left_for_a_later_turn_has_its_deadline(make, driver):
+    driver.is_late = True
+    batcher = make(drive=driver, timeout=0.3)
+    began = time.monotonic()
+    done = await asyncio.gather(*(batcher.ask(("same", n)) for n in range(4)), return_exceptions=True)
+    assert {type(error) for error in done} == {StorageTimeout}
+    assert time.monotonic() - began < 0.9
