@@ -108,11 +108,21 @@ class Codec:
         data = self.decode(base, key)
         if _is_deep(base):  # some Pythons read it; no database takes it back
             raise CorruptData(key, f"nested deeper than {MAX_DEPTH} levels")
-        for text in over:
-            data.update(self._loads(text))
-        if self._is_default:
+        text: str | None = base if data else EMPTY
+        for added in over:
+            new = self._loads(added)
+            if not data or not new:
+                text = added if new else text
+            elif text is not None and text[-1] == "}" and data.keys().isdisjoint(new):
+                text = f"{text[:-1]},{added[1:]}"  # as long as no key is in both
+            else:
+                text = None
+            data.update(new)
+        if not self._is_default:
+            return _as_text(self._dumps(data)), data
+        if text is None or self._loads is not _loads:
             return _dumps_again(data), data
-        return _as_text(self._dumps(data)), data
+        return text, data
 
     def _dumps_custom(self, data: dict[str, Any], key: str) -> str:
         for path, reason, _ in _flaws(data, only_keys=True):

@@ -164,8 +164,7 @@ class DjangoStorage(MovesChats, BaseStorage):
     async def close(self) -> None:
         """Finish what was accepted, for `timeout` seconds at the most, and refuse what comes later."""
         threads = self._shut_all()
-        for batcher in self._batchers:
-            await batcher.settle()
+        await asyncio.gather(*(batcher.settle() for batcher in self._batchers))
         if threads:
             await asyncio.get_running_loop().run_in_executor(None, self._join, threads)
 
@@ -416,7 +415,7 @@ class DjangoStorage(MovesChats, BaseStorage):
         if dialect is None:
             return False
         if type(ops[0]) is Read:
-            return self._near.start(dialect.read(ops, scope), None, len(ops), done)
+            return self._near.start(dialect.read(ops, scope), None, done)
         # Where one writes at a time, what writes waits behind the thread, or it would take the lock from it.
         if (dialect.write_begin and self._near.is_held) or not self._session.are_free(ops):
             return False
@@ -424,7 +423,7 @@ class DjangoStorage(MovesChats, BaseStorage):
         def told(replies: Sequence[WriteReply] | None) -> None:
             done(None if replies is None else self._told(ops, replies))
 
-        return self._near.start(dialect.write(ops, scope, free=True), dialect.write_begin, len(ops), told)
+        return self._near.start(dialect.write(ops, scope, free=True), dialect.write_begin, told)
 
     def _told(self, writes: Sequence[Write], replies: Sequence[WriteReply]) -> Replies[Any]:
         """Tell the live pages of writes; return the replies for the batcher."""

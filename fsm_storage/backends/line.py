@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from psycopg import OperationalError
@@ -20,34 +21,46 @@ if TYPE_CHECKING:
 class Line(Prepared):
     """A connection of psycopg that carries out one plan at a time. See `Driven`.
 
-    After any error but a lock that was not free, it is of no more use. `timeout`: seconds that a plan may take.
+    It stays with the first event loop that it is lent to, which watches its socket until that loop is closed: to
+    register it for each plan costs more than to read the reply. After any error but a lock that was not free, it
+    is of no more use. `timeout`: seconds that a plan may take.
     """
 
     def __init__(self, connection: Connection[Any], *, prepares: bool, timeout: float) -> None:
         super().__init__(connection, prepares=prepares)
         self._connection, self._timeout = connection, timeout
         self._pgconn.nonblocking = 1
-        self._socket = self._pgconn.socket
+        self._socket, self._is_encrypted = self._pgconn.socket, self._pgconn.ssl_in_use
         self.is_usable = True
+        self._home: asyncio.AbstractEventLoop | None = None
+        # One timer serves all plans: it looks whether the one at hand is late.
+        self._timer: asyncio.TimerHandle | None = None
         # Of the plan at hand:
-        self._loop: asyncio.AbstractEventLoop
-        self._timer: asyncio.TimerHandle
-        self._plan: Plan[Any]
+        self._plan: Plan[Any] | None = None
+        self._due = 0.0
         self._done: Callable[[Any], None]
         self._bound: Bound
         self._preparing: bytes | None = None
         self._result: PGresult | None = None
         self._has_writer = False
 
-    def start(self, plan: Plan[Any], begin: str | None, operations: int, done: Callable[[Any], None]) -> bool:
+    def may_serve(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """See `Driven.may_serve`."""
+        return self._home is None or self._home is loop or self._home.is_closed()
+
+    def start(self, plan: Plan[Any], begin: str | None, done: Callable[[Any], None]) -> bool:
         """See `Driven.start`. No `begin` is needed: a statement commits itself."""
-        self._loop = asyncio.get_running_loop()
-        try:
-            self._loop.add_reader(self._socket, self._on_readable)
-        except NotImplementedError:  # Windows' own event loop has no such thing
-            return False
+        loop = asyncio.get_running_loop()
+        if self._home is not loop:
+            try:
+                loop.add_reader(self._socket, self._on_readable)
+            except NotImplementedError:  # Windows' own event loop has no such thing
+                return False
+            self._home, self._timer = loop, None
         self._plan, self._done = plan, done
-        self._timer = self._loop.call_later(self._timeout, self._fail, TimeoutError())
+        self._due = loop.time() + self._timeout
+        if self._timer is None:
+            self._timer = loop.call_at(self._due, self._look_at_clock, loop)
         try:
             self._send(next(plan))
         except Exception as error:
@@ -55,7 +68,26 @@ class Line(Prepared):
         return True
 
     def close(self) -> None:
+        """See `Driven.close`. The loop forgets the socket first: its number will soon be another's."""
+        if self._home is not None and self._home.is_running():
+            with suppress(RuntimeError):  # it was closed meanwhile
+                self._home.call_soon_threadsafe(self._leave)
+                return
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._home is not None and not self._home.is_closed():
+            self._home.remove_reader(self._socket)
         self._connection.close()
+
+    def _look_at_clock(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        if self._plan is None:
+            return
+        if loop.time() < self._due:
+            self._timer = loop.call_at(self._due, self._look_at_clock, loop)
+        else:
+            self._fail(TimeoutError())
 
     def _on_readable(self) -> None:
         try:
@@ -75,6 +107,13 @@ class Line(Prepared):
     def _read(self) -> Any:
         """Take what has come, and go on as far as it lets; return the plan's replies if that was the end of it."""
         self._pgconn.consume_input()
+        if self._is_encrypted and self._pgconn.is_busy():
+            self._pgconn.consume_input()  # what OpenSSL has read, and libpq had no room for, makes no socket readable
+        if (
+            self._plan is None
+        ):  # the server tells of a setting, or says goodbye, which the next call will meet
+            self._pgconn.is_busy()
+            return None
         if self._has_writer:
             self._flush()
         while not self._pgconn.is_busy():
@@ -119,24 +158,27 @@ class Line(Prepared):
         """Send what the socket takes; what it does not take yet, the loop sends later."""
         has_more = bool(self._pgconn.flush())
         if has_more and not self._has_writer:
-            self._loop.add_writer(self._socket, self._on_writable)
+            asyncio.get_running_loop().add_writer(self._socket, self._on_writable)
         elif self._has_writer and not has_more:
-            self._loop.remove_writer(self._socket)
+            asyncio.get_running_loop().remove_writer(self._socket)
         self._has_writer = has_more
 
     def _fail(self, error: Exception) -> None:
         # Whatever it is: the worker thread meets it too, and knows what to do.
         self.is_usable = isinstance(error, LockNotAvailable)
+        if not self.is_usable:  # the end of a stream can be read for ever
+            asyncio.get_running_loop().remove_reader(self._socket)
         self._preparing = self._result = None
         self._finish(None)
 
     def _finish(self, replies: Any) -> None:
-        self._timer.cancel()
-        self._loop.remove_reader(self._socket)
         if self._has_writer:
-            self._loop.remove_writer(self._socket)
+            asyncio.get_running_loop().remove_writer(self._socket)
             self._has_writer = False
+        if self._plan is None:
+            return
         self._plan.close()
         done = self._done
-        del self._plan, self._done, self._loop, self._timer
+        self._plan = None
+        del self._done
         done(replies)

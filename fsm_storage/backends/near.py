@@ -34,12 +34,15 @@ class Driven(Protocol):
 
     is_usable: bool
 
-    def start(self, plan: Plan[Any], begin: str | None, operations: int, done: Done) -> bool:
-        """Begin to carry `plan` out, in a transaction that the statement `begin` opens; `operations`: how many it is.
+    def start(self, plan: Plan[Any], begin: str | None, done: Done) -> bool:
+        """Begin to carry `plan` out, in a transaction that the statement `begin` opens.
 
         Say whether that is so: then `done` is called, at once or later, with the replies; with None if there was
         an error of any kind, for the worker thread to meet too.
         """
+
+    def may_serve(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Say whether it may be lent to `loop`."""
 
     def close(self) -> None:
         """Close it, from any thread, while it is not lent."""
@@ -57,47 +60,60 @@ class Near:
         self._closing = threading.Lock()
         self._idle: list[tuple[Driven, float]] = []
         self._lent: dict[Driven, asyncio.AbstractEventLoop] = {}
-        self._opened = self._generation = 0
+        self._generation = 0
         self._not_before = 0.0
+        self._is_wanted = True
         self.dialect: Dialect | None = None
         """That of the server; None until there has been a connection."""
         self.is_held = False
         """The worker thread is writing, or waits for the lock to."""
 
-    def start(self, plan: Plan[Any], begin: str | None, operations: int, done: Done) -> bool:
+    @property
+    def _opened(self) -> int:
+        return len(self._idle) + len(self._lent)
+
+    def start(self, plan: Plan[Any], begin: str | None, done: Done) -> bool:
         """Begin to carry out a plan as `Driven.start` does, if there is a connection for it."""
+        loop = asyncio.get_running_loop()
         with self._closing:
-            if not self._idle:
-                return False
-            generation, (connection, until) = self._generation, self._idle.pop()
-        if until < time.monotonic():
+            found = self._take(loop)
+            generation = self._generation
+        if found is None:
+            return False
+        connection, until = found
+        if until < time.monotonic() or not connection.is_usable:
             connection.close()
-            self._opened -= 1
+            self._is_wanted = True
             return False
 
         def finished(replies: Any) -> None:
             self._take_back(connection, until, generation)
             done(replies)
 
-        self._lent[connection] = asyncio.get_running_loop()
-        if connection.start(plan, begin, operations, finished):
+        self._lent[connection] = loop
+        if connection.start(plan, begin, finished):
             return True
         self._take_back(connection, until, generation)
         return False
 
+    def _take(self, loop: asyncio.AbstractEventLoop) -> tuple[Driven, float] | None:
+        for place, (connection, _) in enumerate(self._idle):
+            if connection.may_serve(loop):
+                return self._idle.pop(place)
+        self._is_wanted = True
+        return None
+
     def _take_back(self, connection: Driven, until: float, generation: int) -> None:
         self._lent.pop(connection, None)
         with self._closing:
-            if generation == self._generation:
-                if connection.is_usable:
-                    self._idle.append((connection, until))
-                    return
-                self._opened -= 1
+            if generation == self._generation and connection.is_usable:
+                self._idle.append((connection, until))
+                return
         connection.close()
 
     def open(self, dialect: Dialect, *, prepares: Callable[[BaseDatabaseWrapper], bool]) -> None:
-        """Open another connection, if none is idle and the database is one for it. In the worker thread."""
-        if self._idle or dialect.drives is None or time.monotonic() < self._not_before:
+        """Open another connection, if a loop found none and the database is one for it. In the worker thread."""
+        if not self._is_wanted or dialect.drives is None or time.monotonic() < self._not_before:
             return
         self._reclaim()
         if self._opened >= MAX_CONNECTIONS:
@@ -113,7 +129,7 @@ class Near:
                 wrapper.close()
             return
         age = wrapper.settings_dict["CONN_MAX_AGE"]
-        self._opened += 1
+        self._is_wanted = False
         self._idle.append((connection, time.monotonic() + age if age else float("inf")))
 
     def _connect(
@@ -145,18 +161,14 @@ class Near:
         self._reclaim()
         with self._closing:
             self._generation += 1
-            idle, self._idle, self._opened = self._idle, [], 0
+            idle, self._idle, self._is_wanted = self._idle, [], True
         for connection, _ in idle:
             connection.close()
 
     def _reclaim(self) -> None:
         """Close what was lent to loops that were closed meanwhile."""
         for connection, loop in list(self._lent.items()):
-            if not loop.is_closed():
-                continue
-            was_there = self._lent.pop(connection, None)
-            if was_there is not None:
-                self._opened -= 1
+            if loop.is_closed() and self._lent.pop(connection, None) is not None:
                 connection.close()
 
 

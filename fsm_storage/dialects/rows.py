@@ -98,7 +98,7 @@ class Work:
         version = self._save(write, row, new)
         if self.scope.history == "states" and write.as_of is not None:
             self._note_steps(write, write.as_of, old, row.version or 0)
-        elif self.scope.history != "off":
+        elif self.scope.history == "full" or (self.scope.history == "states" and _touches_state(write)):
             self._note(write, old, new)
         change = self._change(write, old, new) if self.scope.tells else None
         return Written(version, None, merged, change)
@@ -166,9 +166,8 @@ class Work:
             self._add_transition(write, before, after, self._at(write), self.scope.cause, *kept)
 
     def _finds_state_expired(self, write: Write, old: Content) -> bool:
-        touches_state = write.patch.state is not KEEP or write.state_ttl.renew
         now = self.clock.now if write.as_of is None else write.as_of.seen_at
-        return touches_state and old.state is not None and old.live_state(now) is None
+        return _touches_state(write) and old.state is not None and old.live_state(now) is None
 
     def _finds_data_expired(self, write: Write, old: Content) -> bool:
         touches_data = write.patch.touches_data or write.data_ttl.renew
@@ -194,6 +193,10 @@ class Work:
                 *cause, data_before, data_after,
             )
         )  # fmt: skip
+
+
+def _touches_state(write: Write) -> bool:
+    return write.patch.state is not KEEP or write.state_ttl.renew
 
 
 def _content(row: Row) -> Content:

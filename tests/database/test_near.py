@@ -173,14 +173,39 @@ async def test_where_it_is_slow_the_thread_does_all(
     assert seen.take() == (1, 0)
 
 
+def log_length() -> int:
+    return Path(f"{connections['default'].settings_dict['NAME']}-wal").stat().st_size
+
+
 @ONLY_SQLITE
-async def test_the_write_ahead_log_does_not_grow_for_ever(storage: DjangoStorage, seen: Seen) -> None:
-    for number in range(3000):
-        await storage.set_state(chat(number % 50), f"s{number}")
+@pytest.mark.parametrize(("count", "size"), [(3000, 10), (400, 200_000)])
+async def test_the_write_ahead_log_does_not_grow_for_ever(
+    storage: DjangoStorage, seen: Seen, count: int, size: int
+) -> None:
+    for number in range(count):
+        await storage.set_data(chat(number % 50), {"text": "x" * size, "number": number})
     here, apart = seen.take()
     assert here > 20 * apart > 0
-    log = Path(f"{connections['default'].settings_dict['NAME']}-wal")
-    assert log.stat().st_size < 64 * 2**20
+    assert log_length() < 20 * 2**20
+
+
+@ONLY_SQLITE
+async def test_a_log_that_a_reader_keeps_from_beginning_anew_does_not_send_all_to_the_thread(
+    storage: DjangoStorage, seen: Seen
+) -> None:
+    await warm(storage)
+    with other_process() as other:
+        other.execute("BEGIN")
+        other.execute("SELECT count(*) FROM fsm_storage_record").fetchall()
+        for number in range(300):
+            await storage.set_data(chat(number % 50), {"text": "x" * 200_000, "number": number})
+        assert log_length() > 30 * 2**20
+        here, apart = seen.take()
+        assert here > 3 * apart > 0
+        other.execute("COMMIT")
+    for number in range(200):
+        await storage.set_data(chat(number % 50), {"text": "x" * 200_000, "number": number})
+    assert log_length() < 20 * 2**20
 
 
 @ONLY_SQLITE
@@ -393,3 +418,75 @@ def test_a_loop_that_ends_in_mid_write_takes_no_connection_with_it(storage: Djan
     storage.shut()
     assert not storage._near._idle
     assert not storage._near._lent
+
+
+@ONLY_POSTGRES
+async def test_one_that_the_server_ends_while_it_is_idle_is_known_before_the_next_operation(
+    storage: DjangoStorage, seen: Seen
+) -> None:
+    await opened(storage)
+    await storage.get_state(chat(1))
+    [(line, _)] = storage._near._idle
+    await in_thread(lambda: end_all("postgres"))
+    while line.is_usable:
+        await asyncio.sleep(0.001)
+    # The end of a stream can be read for ever: a loop that went on to watch it would go round and round.
+    assert not asyncio.get_running_loop().remove_reader(line._socket)  # type: ignore[attr-defined]
+    seen.take()
+    assert await storage.get_state(chat(1)) is None
+    assert seen.take() == (0, 1)
+    await opened(storage)
+    await storage.get_state(chat(1))
+    assert seen.take()[0] == 1
+
+
+@ONLY_POSTGRES
+def test_the_next_loop_goes_on_with_the_connections_of_one_that_was_closed(
+    storage: DjangoStorage, seen: Seen
+) -> None:
+    asyncio.run(opened(storage))
+    seen.take()
+    for _ in range(5):
+        assert asyncio.run(storage.get_state(chat(1))) is None  # type: ignore[arg-type]
+    assert seen.take() == (5, 0)
+    assert storage._near._opened == 1
+    storage.shut()
+
+
+@ONLY_POSTGRES
+def test_a_loop_that_is_not_closed_keeps_its_connection_and_shutting_takes_it(
+    storage: DjangoStorage, seen: Seen
+) -> None:
+    loops = [asyncio.new_event_loop() for _ in range(2)]
+    for loop in loops:
+        loop.run_until_complete(opened_for(storage))
+        seen.take()
+        loop.run_until_complete(read(storage))
+        assert seen.take() == (1, 0)
+    sockets = [line._socket for line, _ in storage._near._idle]  # type: ignore[attr-defined]
+    assert len(sockets) == storage._near._opened == 2
+    storage.shut()
+    for loop in loops:
+        assert not any(loop.remove_reader(socket) for socket in sockets)
+        loop.close()
+
+
+async def opened_for(storage: DjangoStorage) -> None:
+    """Wait for a connection that this loop may use."""
+    while not any(line.may_serve(asyncio.get_running_loop()) for line, _ in storage._near._idle):
+        await read(storage)
+
+
+async def read(storage: DjangoStorage) -> None:
+    await storage.get_state(chat(1))
+
+
+@ONLY_POSTGRES
+async def test_closing_takes_the_sockets_out_of_the_loop(storage: DjangoStorage) -> None:
+    await opened(storage)
+    await asyncio.gather(*(storage.set_state(chat(n), "a") for n in range(20)))
+    await asyncio.gather(*(storage.get_state(chat(n)) for n in range(20)))
+    sockets = [line._socket for line, _ in storage._near._idle]  # type: ignore[attr-defined]
+    assert sockets
+    await storage.close()
+    assert not any(asyncio.get_running_loop().remove_reader(socket) for socket in sockets)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 from decimal import Decimal
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from fsm_storage.codec import MAX_DEPTH, MAX_LENGTH, Codec, _depth, outside_strings
 from fsm_storage.dialects.postgresql import exact
 from fsm_storage.exceptions import CorruptData, InvalidData, InvalidDataType
+from fsm_storage.patches import EMPTY
 
 CODEC = Codec()
 scalars = (
@@ -59,11 +62,14 @@ def test_exponents_in_texts_are_left_alone(value):
     assert exact(text) == text
 
 
-@given(data, data)
-def test_fold_is_dict_update(base, over):
-    texts_ = CODEC.encode(base, "key"), CODEC.encode(over, "key")
-    text, value = CODEC.fold("key", texts_[0], (texts_[1],))
-    assert json.loads(text) == value == {**base, **over}
+@given(data, st.lists(data, min_size=1, max_size=3), st.sampled_from(["", " ", "\n"]))
+def test_fold_is_dict_update(base, over, space):
+    text = f"{space}{CODEC.encode(base, 'key')}{space}"
+    text, value = CODEC.fold("key", text, tuple(CODEC.encode(one, "key") for one in over))
+    expected = functools.reduce(operator.or_, over, base)
+    assert json.loads(text) == value == expected
+    assert (text == EMPTY) is (expected == {})
+    assert len(json.loads(text, object_pairs_hook=list)) == len(expected)  # no key twice
 
 
 @pytest.mark.parametrize(
