@@ -51,7 +51,9 @@ def cells_of_a_round(*, quick: bool, seconds: float, only: Sequence[str]) -> lis
     cells = [Cell("handler", name, count, seconds) for count in chats for name in names]
     cells += [Cell("statement", name, 1, seconds) for name in _STATEMENT_NAMES]
     dispatchers = QUICK_DISPATCHER_NAMES if quick else DISPATCHER_NAMES
-    cells += [Cell("dispatcher", name, _DISPATCHER_CHATS, seconds * _DISPATCHER_TIMES) for name in dispatchers]
+    cells += [
+        Cell("dispatcher", name, _DISPATCHER_CHATS, seconds * _DISPATCHER_TIMES) for name in dispatchers
+    ]
     locks: tuple[Kind, ...] = ("lock",) if quick else ("lock", "shared-lock")
     cells += [Cell(kind, name, _LOCK_CHATS, seconds) for kind in locks for name in LOCK_NAMES]
     return [cell for cell in cells if not only or any(text in str(cell) for text in only)]
