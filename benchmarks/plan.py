@@ -23,7 +23,7 @@ _CHATS = (1, 64, 512)
 _QUICK_CHATS = (1, 64)
 _DISPATCHER_CHATS = 64
 _DISPATCHER_TIMES = 4
-"""As long as the others: its filters run in threads, and its figures swing more."""
+"""So many times as long as the others: its filters run in threads, and its figures swing more."""
 _LOCK_CHATS = 64
 _STATEMENT_NAMES = ("ours-postgres-off", "ours-postgres-states")
 

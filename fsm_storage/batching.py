@@ -263,9 +263,11 @@ class Batcher(Generic[Op, Reply]):
 
     def _hand_over_part(self, part: list[_Asked], lane: Lane) -> None:
         """Let the loop's own connection answer, or else the thread."""
-        is_late = False
+        is_late = is_done = False
 
         def done(replies: Replies[Reply] | None) -> None:
+            nonlocal is_done
+            is_done = True
             lane.driven -= 1
             if lane.at_rest is not None and not lane.driven:
                 _set_done(lane.at_rest)
@@ -277,7 +279,12 @@ class Batcher(Generic[Op, Reply]):
                 self._hand_over(lane)
 
         lane.driven += 1
-        if self._drive is None or not self._drive([op for op, _ in part], done):
+        try:
+            is_begun = self._drive is not None and self._drive([op for op, _ in part], done)
+        except Exception:  # a fault of ours: its callers must not wait for ever
+            logger.exception("a batch of %d operations could not be begun", len(part))
+            is_begun = is_done
+        if not is_begun:
             lane.driven -= 1
             self._queue_up(part, lane)
             return

@@ -103,7 +103,8 @@ class Codec:
     def fold(self, key: str, base: str, over: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
         """Lay the objects `over` on `base`, key by key; return the text and what is in it.
 
-        Raises `CorruptData` if `base` is no object.
+        A key that stands twice in `base`, which no text of ours has, may go on to. Raises `CorruptData` if
+        `base` is no object.
         """
         data = self.decode(base, key)
         if _is_deep(base):  # some Pythons read it; no database takes it back

@@ -169,7 +169,7 @@ class DjangoStorage(MovesChats, BaseStorage):
             await asyncio.get_running_loop().run_in_executor(None, self._join, threads)
 
     def shut(self) -> None:
-        """Do what `close()` does, from synchronous code."""
+        """Do what `close()` does, from synchronous code. What a running loop has open is closed in its next turn."""
         self._join(self._shut_all())
 
     def _shut_all(self) -> list[threading.Thread]:

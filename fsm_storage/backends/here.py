@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from fsm_storage.dialects import Plan
+from fsm_storage.dialects.sqlite import LOG_PAGES
 
 SLOW_SECONDS = 0.01
 PAUSE_SECONDS = 30.0
 """After calls that took so long on average, the worker thread does all, for so long."""
-LOG_PAGES = 4000
-"""When the log is longer, the worker thread carries out the next batch, and SQLite makes a checkpoint with it."""
 _STEP_PAGES = 250
+"""When the log has `LOG_PAGES`, the worker thread carries out the next batch, and SQLite makes a checkpoint with it.
+Where a reader keeps the log from beginning anew, each time that it has grown by so many more."""
 _LOOK_SECONDS = 0.002
 """It is looked how long the log is after so much work: that does not fill many pages, and the look costs 8 µs."""
 _FRAME_HEADER = 24
@@ -35,8 +36,8 @@ class Here:
 
     def __init__(self, connection: Any, *, may_write: bool, log: Path, page: int) -> None:
         self._connection, self._may_write = connection, may_write
-        self._log, self._page = log, page + _FRAME_HEADER
-        self._due_length = 0
+        self._log, self._frame = log, page + _FRAME_HEADER
+        self._length, self._due_length = 0, LOG_PAGES * self._frame
         self._worked, self._pace, self._paused_until = 0.0, 0.0, 0.0
 
     @classmethod
@@ -48,6 +49,8 @@ class Here:
         )
         if mode != "wal":
             return None
+        # The first to write when the log begins anew cuts it to this.
+        connection.execute(f"PRAGMA journal_size_limit = {LOG_PAGES * page}")
         *_, file = connection.execute("PRAGMA database_list").fetchone()
         return cls(connection, may_write=synchronous <= _NORMAL, log=Path(f"{file}-wal"), page=page)
 
@@ -84,20 +87,19 @@ class Here:
         return self._may_write and not self._is_checkpoint_due()
 
     def _is_checkpoint_due(self) -> bool:
-        """Say so once, and again when the log has grown further, because a reader has kept it from beginning anew."""
         if self._worked < _LOOK_SECONDS:
             return False
         self._worked = 0.0
         try:
             length = os.stat(self._log).st_size
-        except OSError:  # the thread knows what to do
+        except OSError:  # it cannot be looked at; the thread's commits look after it by themselves
             return True
-        if length <= LOG_PAGES * self._page:
-            self._due_length = 0
-            return False
+        if length < self._length:  # it was cut
+            self._due_length = LOG_PAGES * self._frame
+        self._length = length
         if length <= self._due_length:
             return False
-        self._due_length = length + _STEP_PAGES * self._page
+        self._due_length = length + _STEP_PAGES * self._frame
         return True
 
     def _carried_out(self, plan: Plan[Any], begin: str | None) -> Any:

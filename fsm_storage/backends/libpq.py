@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from psycopg import OperationalError
 from psycopg.errors import error_from_result
-from psycopg.pq import ConnStatus, ExecStatus
+from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus
 
 from fsm_storage.dialects import Rows
 
@@ -111,7 +111,8 @@ class Prepared:
     def _check(self, result: PGresult) -> None:
         if result.status in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
             return
-        if self._pgconn.status == ConnStatus.BAD:  # such a result has no SQLSTATE
+        # Without an SQLSTATE it is libpq that speaks: the connection is lost, though it may not know yet.
+        if self._pgconn.status == ConnStatus.BAD or not result.error_field(DiagnosticField.SQLSTATE):
             raise OperationalError(f"the connection is lost: {result.get_error_message(self._encoding)}")
         raise error_from_result(result, self._encoding)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,10 @@ class Line(Prepared):
         super().__init__(connection, prepares=prepares)
         self._connection, self._timeout = connection, timeout
         self._pgconn.nonblocking = 1
-        self._socket, self._is_encrypted = self._pgconn.socket, self._pgconn.ssl_in_use
+        self._is_encrypted = self._pgconn.ssl_in_use
+        # A descriptor of our own for the loop to watch: libpq closes its own when the server goes away, and of a
+        # closed one no loop can be told to forget it.
+        self._socket = socket.fromfd(self._pgconn.socket, socket.AF_INET, socket.SOCK_STREAM)
         self.is_usable = True
         self._home: asyncio.AbstractEventLoop | None = None
         # One timer serves all plans: it looks whether the one at hand is late.
@@ -54,7 +58,7 @@ class Line(Prepared):
         if self._home is not loop:
             try:
                 loop.add_reader(self._socket, self._on_readable)
-            except NotImplementedError:  # Windows' own event loop has no such thing
+            except Exception:  # Windows' own event loop has no such thing, another one may have no room
                 return False
             self._home, self._timer = loop, None
         self._plan, self._done = plan, done
@@ -68,7 +72,7 @@ class Line(Prepared):
         return True
 
     def close(self) -> None:
-        """See `Driven.close`. The loop forgets the socket first: its number will soon be another's."""
+        """See `Driven.close`."""
         if self._home is not None and self._home.is_running():
             with suppress(RuntimeError):  # it was closed meanwhile
                 self._home.call_soon_threadsafe(self._leave)
@@ -78,6 +82,7 @@ class Line(Prepared):
     def _leave(self) -> None:
         if self._home is not None and not self._home.is_closed():
             self._home.remove_reader(self._socket)
+        self._socket.close()
         self._connection.close()
 
     def _look_at_clock(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -107,16 +112,12 @@ class Line(Prepared):
     def _read(self) -> Any:
         """Take what has come, and go on as far as it lets; return the plan's replies if that was the end of it."""
         self._pgconn.consume_input()
-        if self._is_encrypted and self._pgconn.is_busy():
-            self._pgconn.consume_input()  # what OpenSSL has read, and libpq had no room for, makes no socket readable
-        if (
-            self._plan is None
-        ):  # the server tells of a setting, or says goodbye, which the next call will meet
-            self._pgconn.is_busy()
+        if self._plan is None:
+            self._pgconn.is_busy()  # takes in that the server has changed a setting, or says goodbye
             return None
         if self._has_writer:
             self._flush()
-        while not self._pgconn.is_busy():
+        while not self._must_wait():
             result = self._pgconn.get_result()
             if result is not None:
                 self._result = result
@@ -133,6 +134,20 @@ class Line(Prepared):
                 return stop.value
             return None
         return None
+
+    def _must_wait(self) -> bool:
+        """Say whether nothing can be read before the socket is readable again."""
+        if not self._pgconn.is_busy():
+            return False
+        if not self._is_encrypted:
+            return True
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+            return True
+        except BlockingIOError:
+            # Before version 18, libpq leaves in OpenSSL what it had no room for.
+            self._pgconn.consume_input()
+            return bool(self._pgconn.is_busy())
 
     def _send(self, statement: Statement) -> None:
         self._bound = self.bound(*statement[:2])

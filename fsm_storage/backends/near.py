@@ -45,7 +45,7 @@ class Driven(Protocol):
         """Say whether it may be lent to `loop`."""
 
     def close(self) -> None:
-        """Close it, from any thread, while it is not lent."""
+        """Close it, from any thread, while it is not lent; where its loop is running, in the loop's next turn."""
 
 
 class Near:
@@ -57,7 +57,7 @@ class Near:
         _all.add(self)
 
     def _start(self) -> None:
-        self._closing = threading.Lock()
+        self._closing, self._opening = threading.Lock(), threading.Lock()
         self._idle: list[tuple[Driven, float]] = []
         self._lent: dict[Driven, asyncio.AbstractEventLoop] = {}
         self._generation = 0
@@ -105,6 +105,10 @@ class Near:
 
     def _take_back(self, connection: Driven, until: float, generation: int) -> None:
         self._lent.pop(connection, None)
+        self._add(connection, until, generation)
+
+    def _add(self, connection: Driven, until: float, generation: int) -> None:
+        """Put it with the idle ones, unless it is of no use or they were closed since `generation`."""
         with self._closing:
             if generation == self._generation and connection.is_usable:
                 self._idle.append((connection, until))
@@ -112,13 +116,19 @@ class Near:
         connection.close()
 
     def open(self, dialect: Dialect, *, prepares: Callable[[BaseDatabaseWrapper], bool]) -> None:
-        """Open another connection, if a loop found none and the database is one for it. In the worker thread."""
+        """Open another connection, if a loop found none and the database is one for it. In a worker thread."""
         if not self._is_wanted or dialect.drives is None or time.monotonic() < self._not_before:
             return
-        self._reclaim()
-        if self._opened >= MAX_CONNECTIONS:
-            return
-        wrapper = connections.create_connection(self._database)
+        if self._opening.acquire(blocking=False):  # else another worker thread is at it
+            try:
+                self._reclaim()
+                if self._opened < MAX_CONNECTIONS:
+                    self._open(dialect, prepares)
+            finally:
+                self._opening.release()
+
+    def _open(self, dialect: Dialect, prepares: Callable[[BaseDatabaseWrapper], bool]) -> None:
+        generation, wrapper = self._generation, connections.create_connection(self._database)
         connection: Driven | None = None
         # Whatever it is: the worker's own connection meets the same, and says so.
         with suppress(Exception):
@@ -130,7 +140,7 @@ class Near:
             return
         age = wrapper.settings_dict["CONN_MAX_AGE"]
         self._is_wanted = False
-        self._idle.append((connection, time.monotonic() + age if age else float("inf")))
+        self._add(connection, time.monotonic() + age if age else float("inf"), generation)
 
     def _connect(
         self,

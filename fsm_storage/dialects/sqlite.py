@@ -40,6 +40,8 @@ _NOW = "strftime('%Y-%m-%d %H:%M:%f', 'now')"
 # left over is NULL.
 # (Rows as one JSON parameter take a third longer, because json_extract() parses a row for each column.)
 MAX_ROWS = 256
+LOG_PAGES = 4000
+"""A commit of a worker thread makes a checkpoint when the write-ahead log has so many pages (of 4 KB: 16 MB)."""
 
 
 def _places(columns: int, rows: int) -> str:
@@ -218,13 +220,11 @@ class SQLite:
     def session(self, timeout: float) -> Sequence[str]:
         # WAL stays with the file: readers and the writer no longer wait for one another. The wait
         # for a lock is cut in pieces, so that a thread that shall give up is not stuck in one.
-        # Checkpoints come four times as late as by default (16 MB), which makes writes a tenth faster; a log
-        # that has become longer is cut to that when it begins anew.
+        # Checkpoints come four times as late as by default, which makes writes a tenth faster.
         # What a statement of many rows keeps to undo itself goes to memory: a file costs half of its time.
         return (
             "PRAGMA journal_mode = WAL",
-            "PRAGMA wal_autocheckpoint = 4000",
-            "PRAGMA journal_size_limit = 16384000",
+            f"PRAGMA wal_autocheckpoint = {LOG_PAGES}",
             "PRAGMA temp_store = MEMORY",
             f"PRAGMA busy_timeout = {int(min(timeout, 1.0) * 1000)}",
         )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,21 @@ def other_process() -> Iterator[sqlite3.Connection]:
         yield connection
     finally:
         connection.close()
+
+
+@pytest.fixture
+def end_all(_django_db_marker: None) -> Iterator[Callable[[], None]]:
+    """Have the server end every other connection."""
+
+    def end() -> None:
+        execute(
+            "postgres",
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+            " AND datname = current_database()",
+        )
+
+    yield end
+    connections["postgres"].close()  # that of this thread, with which the tables are emptied, was ended too
 
 
 @ONLY_SQLITE
@@ -322,14 +339,14 @@ async def test_more_than_a_socket_takes_at_a_time(storage: DjangoStorage, seen: 
 @ONLY_POSTGRES
 @pytest.mark.parametrize("history", ["off", "states", "full"])
 async def test_connections_that_the_server_ends_are_replaced(
-    make_storage: Make, seen: Seen, history: str
+    make_storage: Make, seen: Seen, history: str, end_all: Callable[[], None]
 ) -> None:
     storage = make_storage(history=history)
     await opened(storage)
     for round_ in range(5):
         writes = [asyncio.ensure_future(storage.update_data(chat(n), {f"r{round_}": n})) for n in range(100)]
         await asyncio.sleep(0.001 * round_)
-        await in_thread(lambda: end_all("postgres"))
+        await in_thread(end_all)
         await asyncio.gather(*writes)
     for n in range(100):
         assert await storage.get_data(chat(n)) == {f"r{round_}": n for round_ in range(5)}
@@ -337,14 +354,6 @@ async def test_connections_that_the_server_ends_are_replaced(
     seen.take()
     assert await storage.get_state(chat(1)) is None
     assert seen.take() == (1, 0)
-
-
-def end_all(database: str) -> None:
-    execute(
-        database,
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
-        " AND datname = current_database()",
-    )
 
 
 @ONLY_POSTGRES
@@ -422,14 +431,15 @@ def test_a_loop_that_ends_in_mid_write_takes_no_connection_with_it(storage: Djan
 
 @ONLY_POSTGRES
 async def test_one_that_the_server_ends_while_it_is_idle_is_known_before_the_next_operation(
-    storage: DjangoStorage, seen: Seen
+    storage: DjangoStorage, seen: Seen, end_all: Callable[[], None]
 ) -> None:
     await opened(storage)
     await storage.get_state(chat(1))
     [(line, _)] = storage._near._idle
-    await in_thread(lambda: end_all("postgres"))
-    while line.is_usable:
-        await asyncio.sleep(0.001)
+    await in_thread(end_all)
+    async with asyncio.timeout(10):
+        while line.is_usable:
+            await asyncio.sleep(0.001)
     # The end of a stream can be read for ever: a loop that went on to watch it would go round and round.
     assert not asyncio.get_running_loop().remove_reader(line._socket)  # type: ignore[attr-defined]
     seen.take()
@@ -463,7 +473,7 @@ def test_a_loop_that_is_not_closed_keeps_its_connection_and_shutting_takes_it(
         seen.take()
         loop.run_until_complete(read(storage))
         assert seen.take() == (1, 0)
-    sockets = [line._socket for line, _ in storage._near._idle]  # type: ignore[attr-defined]
+    sockets = [line._socket.fileno() for line, _ in storage._near._idle]  # type: ignore[attr-defined]
     assert len(sockets) == storage._near._opened == 2
     storage.shut()
     for loop in loops:
@@ -486,7 +496,96 @@ async def test_closing_takes_the_sockets_out_of_the_loop(storage: DjangoStorage)
     await opened(storage)
     await asyncio.gather(*(storage.set_state(chat(n), "a") for n in range(20)))
     await asyncio.gather(*(storage.get_state(chat(n)) for n in range(20)))
-    sockets = [line._socket for line, _ in storage._near._idle]  # type: ignore[attr-defined]
+    sockets = [line._socket.fileno() for line, _ in storage._near._idle]  # type: ignore[attr-defined]
     assert sockets
     await storage.close()
     assert not any(asyncio.get_running_loop().remove_reader(socket) for socket in sockets)
+
+
+@ONLY_POSTGRES
+async def test_an_ended_connection_that_a_forked_child_still_has_does_not_keep_the_loop_busy(
+    storage: DjangoStorage, end_all: Callable[[], None]
+) -> None:
+    await opened(storage)
+    await storage.get_state(chat(1))
+    [(line, _)] = storage._near._idle
+    childs = os.dup(line._pgconn.socket)  # type: ignore[attr-defined]
+    try:
+        await in_thread(end_all)
+        async with asyncio.timeout(10):
+            while line.is_usable:
+                await asyncio.sleep(0.001)
+        began = time.thread_time()
+        await asyncio.sleep(0.3)
+        assert time.thread_time() - began < 0.1
+    finally:
+        os.close(childs)
+
+
+class Wire:
+    """Carries bytes between a TCP port and a PostgreSQL, until it is cut."""
+
+    def __init__(self, server: str) -> None:
+        self._server = server
+        self._clients: list[socket.socket] = []
+        self._servers: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._accept)
+        self._thread.start()
+
+    def cut(self) -> None:
+        """Leave the server, and tell the clients that nothing more will come; but take nothing more from them."""
+        for server in self._servers:
+            server.shutdown(socket.SHUT_RDWR)
+        for client in self._clients:
+            client.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+        for one in (*self._clients, *self._servers):
+            one.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.socket(socket.AF_UNIX)
+                server.connect(self._server)
+                self._clients.append(client)
+                self._servers.append(server)
+                for ends in ((client, server), (server, client)):
+                    threading.Thread(target=self._carry, args=ends, daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while some := source.recv(65536):
+                sink.sendall(some)
+
+
+@ONLY_POSTGRES
+async def test_a_connection_that_is_lost_in_the_midst_of_sending_is_left_to_the_thread(
+    make_storage: Make, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = connections["postgres"].settings_dict
+    wire = Wire(f"{settings['HOST']}/.s.PGSQL.{settings['PORT'] or 5432}")
+    monkeypatch.setitem(settings, "HOST", "127.0.0.1")
+    monkeypatch.setitem(settings, "PORT", wire.port)
+    storage = make_storage()
+    await opened(storage)
+    for _ in range(3):
+        await asyncio.gather(*(storage.set_state(chat(n), "a") for n in range(9)))
+    seen.take()
+    began = time.monotonic()
+    writes = [asyncio.ensure_future(storage.set_data(chat(n), {"text": "x" * 400_000})) for n in range(60)]
+    async with asyncio.timeout(10):
+        while not any(line._has_writer for line in storage._near._lent):  # type: ignore[attr-defined]
+            await asyncio.sleep(0)
+    wire.cut()
+    await asyncio.gather(*writes)
+    assert time.monotonic() - began < 4
+    assert seen.take()[1] > 0
+    await storage.close()
+    wire.close()

@@ -70,9 +70,8 @@ async def test_a_renaming_leaves_what_has_moved_on_or_gone(
         stale = rows[2]
         stale.version -= 1
         await becomes(lambda: in_thread(lambda: not raw.exists(BUILDER.build(other(4), "state"))))
-        expired = FSMRecord.objects.using(
-            database
-        ).expired()  # by the database's clock, which is a little later
+        # The database's clock says so a little later.
+        expired = FSMRecord.objects.using(database).expired()
         await becomes(lambda: in_thread(expired.all().exists))
         replies = await in_thread(storage.edit_each, [(row, {"state": "b"}) for row in rows])
     assert [type(reply).__name__ for reply in replies] == [

@@ -342,6 +342,22 @@ async def test_what_the_loop_cannot_answer_goes_to_the_thread(make, commit, driv
     assert list(chain(*commit.batches)) == [(n, n) for n in range(5)]
 
 
+@pytest.mark.parametrize("has_answered", [False, True])
+async def test_a_fault_of_the_driver_stops_nobody(make, commit, caplog, has_answered):
+    def drive(ops, done):
+        if has_answered:
+            done([value for _, value in ops])
+        raise RuntimeError("a fault")
+
+    batcher = make(drive=drive)
+    for n in range(3):
+        async with asyncio.timeout(5):
+            assert await asyncio.gather(batcher.ask(("a", n)), batcher.ask(("b", n))) == [n, n]
+    assert len(commit.batches) == (0 if has_answered else 3)
+    assert "could not be begun" in caplog.text
+    await batcher.close()
+
+
 async def test_what_gathers_while_the_connection_is_at_work_goes_together(make, driver):
     driver.is_late = True
     batcher = make(drive=driver)
