@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sqlite3
 import threading
 import time
@@ -112,6 +114,40 @@ async def test_the_first_write_after_a_restart_works(
         assert await storage.update_data(chat(0), {"b": 1}) == {"a": 1, "b": 1}
         assert await storage.get_state(chat(0)) == "before"
     await storage.close()
+
+
+@pytest.mark.parametrize("own_server", ["postgres"], indirect=True)
+@pytest.mark.parametrize("is_apart", [False, True], ids=["loop", "thread"])
+async def test_a_crash_of_one_process_of_the_server_fails_no_call(
+    own_database: str, monkeypatch: pytest.MonkeyPatch, is_apart: bool
+) -> None:
+    """PostgreSQL then ends all the others too; over a Unix socket, libpq first learns of it when it writes."""
+    if is_apart:
+        monkeypatch.setattr(DjangoStorage, "_drive", lambda *args: False)
+    storage = DjangoStorage(own_database, database=own_database, timeout=15.0)
+    for round_ in range(3):
+        await asyncio.gather(*(storage.set_state(chat(n), "before") for n in range(20)))
+        os.kill(await in_thread(lambda: backend_of(own_database)), signal.SIGKILL)
+        writes = [storage.update_data(chat(n), {f"r{round_}": n}) for n in range(20)]
+        reads = [storage.get_state(chat(n)) for n in range(20)]
+        assert await asyncio.gather(*reads, *writes)
+    for n in range(20):
+        assert await storage.get_data(chat(n)) == {"r0": n, "r1": n, "r2": n}
+        assert await storage.get_state(chat(n)) == "before"
+    await storage.close()
+
+
+def backend_of(database: str) -> int:
+    """Return the id of a process that serves somebody else."""
+    try:
+        with connections[database].cursor() as cursor:
+            cursor.execute(
+                "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            pid: int = cursor.fetchone()[0]
+            return pid
+    finally:
+        connections[database].close()
 
 
 async def test_a_server_that_is_away_at_the_start(own_database: str, own_server: Postgres | Mariadb) -> None:
