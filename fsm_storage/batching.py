@@ -22,6 +22,7 @@ from enum import Enum
 from typing import Any, Final, Generic, Literal, TypeVar
 
 from fsm_storage.exceptions import StorageClosed, StorageTimeout
+from fsm_storage.lanes import Asked, Lane, set_done
 
 Op = TypeVar("Op")
 Reply = TypeVar("Reply")
@@ -42,73 +43,8 @@ AGAIN: Final = Again.AGAIN
 """The reply of `commit` for an operation that found its row locked: ask again a little later."""
 
 Replies = Sequence[Reply | BaseException | Literal[Again.AGAIN]]
-
-
 Done = Callable[[Replies[Reply] | None], None]
 Drive = Callable[[Sequence[Op], Done[Reply]], bool]
-
-
-class Lane:
-    """One event loop's side: who waits for a reply, and until when. Lives on its loop's thread.
-
-    `give_up()` makes the error for those whose time is up.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, give_up: Callable[[], Exception]) -> None:
-        self.loop, self._give_up = loop, give_up
-        self.new_future = loop.create_future
-        self.waiting: dict[asyncio.Future[Any], float] = {}
-        # What the loop's own connection shall answer, and how many batches it is at.
-        self.asked: list[_Asked] = []
-        self.driven = 0
-        self.at_rest: asyncio.Future[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._due = 0.0
-
-    def expect(self, deadline: float) -> asyncio.Future[Any]:
-        future: asyncio.Future[Any] = self.new_future()
-        self.wait_for(future, deadline)
-        return future
-
-    def wait_for(self, future: asyncio.Future[Any], deadline: float) -> float:
-        """Fail `future` at its deadline: this one, or the one that it has already. Return which."""
-        known = self.waiting.get(future)
-        if known is not None:
-            return known
-        self.waiting[future] = deadline
-        if self._timer is None or deadline < self._due:
-            self._set_timer(deadline)
-        return deadline
-
-    def _set_timer(self, due: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._due = due
-        self._timer = self.loop.call_later(max(0.0, due - time.monotonic()), self._expire)
-
-    def deliver(self, replies: list[tuple[asyncio.Future[Any], Any]]) -> None:
-        forget = self.waiting.pop
-        for future, reply in replies:
-            forget(future, None)
-            if future.done():  # its caller was cancelled, or gave up waiting
-                continue
-            if isinstance(reply, BaseException):
-                future.set_exception(reply)
-            else:
-                future.set_result(reply)
-
-    def _expire(self) -> None:
-        """Fail those whose time is up. One timer serves all: it is set for whoever is first."""
-        now = time.monotonic()
-        for future, deadline in list(self.waiting.items()):
-            if deadline > now:
-                continue
-            del self.waiting[future]
-            if not future.done():
-                future.set_exception(self._give_up())
-        self._timer = None
-        if self.waiting:
-            self._set_timer(min(self.waiting.values()))
 
 
 _running_loop, _now = asyncio.get_running_loop, time.monotonic
@@ -116,8 +52,6 @@ _running_loop, _now = asyncio.get_running_loop, time.monotonic
 # An operation on its way: itself, who waits for it, until when. A plain tuple, because there are
 # tens of thousands in a second.
 _Item = tuple[Any, Lane, "asyncio.Future[Any]", float]
-# One that the loop's own connection may answer.
-_Asked = tuple[Any, "asyncio.Future[Any]"]
 _Part = TypeVar("_Part", bound=tuple[Any, ...])
 
 
@@ -243,7 +177,7 @@ class Batcher(Generic[Op, Reply]):
         if lane.driven:  # it is for when that is done
             return
         asked, lane.asked = lane.asked, []
-        batch: dict[Hashable, _Asked] = {}
+        batch: dict[Hashable, Asked] = {}
         for item in asked:
             if item[1].done():  # its caller was cancelled, and nothing has been done
                 continue
@@ -261,7 +195,7 @@ class Batcher(Generic[Op, Reply]):
             for _, future in lane.asked:
                 lane.wait_for(future, deadline)
 
-    def _hand_over_part(self, part: list[_Asked], lane: Lane) -> None:
+    def _hand_over_part(self, part: list[Asked], lane: Lane) -> None:
         """Let the loop's own connection answer, or else the thread."""
         is_late = is_done = False
 
@@ -270,7 +204,7 @@ class Batcher(Generic[Op, Reply]):
             is_done = True
             lane.driven -= 1
             if lane.at_rest is not None and not lane.driven:
-                _set_done(lane.at_rest)
+                set_done(lane.at_rest)
             if replies is None:
                 self._queue_up(part, lane)
             else:
@@ -295,9 +229,9 @@ class Batcher(Generic[Op, Reply]):
             for _, future in part:
                 lane.wait_for(future, deadline)
 
-    def _deliver(self, part: list[_Asked], replies: Replies[Reply], lane: Lane) -> None:
+    def _deliver(self, part: list[Asked], replies: Replies[Reply], lane: Lane) -> None:
         letters: list[tuple[asyncio.Future[Any], Any]] = []
-        again: list[_Asked] = []
+        again: list[Asked] = []
         for item, reply in zip(part, replies, strict=True):
             if reply is AGAIN:
                 again.append(item)
@@ -306,7 +240,7 @@ class Batcher(Generic[Op, Reply]):
         lane.deliver(letters)
         self._queue_up(again, lane)
 
-    def _queue_up(self, asked: list[_Asked], lane: Lane) -> None:
+    def _queue_up(self, asked: list[Asked], lane: Lane) -> None:
         """Leave it to the thread."""
         deadline = _now() + self._timeout
         for op, future in asked:
@@ -378,7 +312,7 @@ class Batcher(Generic[Op, Reply]):
                 lane, room = self._room.popleft()
             except IndexError:
                 return
-            _call(lane, _set_done, room)
+            _call(lane, set_done, room)
 
     # From here on: the batcher's thread.
 
@@ -509,8 +443,3 @@ def _call(lane: Lane, function: Callable[..., None], argument: Any) -> None:
         lane.loop.call_soon_threadsafe(function, argument)
     except RuntimeError:  # the loop was closed; nobody waits there any more
         logger.debug("replies for a closed event loop were dropped")
-
-
-def _set_done(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

@@ -25,8 +25,8 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from fsm_storage.backends.wire import LineWire, is_passing
 from fsm_storage.backends.writing import Command
-from fsm_storage.batching import Lane
 from fsm_storage.exceptions import RedisUnavailable, StorageClosed, StorageTimeout
+from fsm_storage.lanes import Lane, set_done
 
 Op = TypeVar("Op")
 _Op = TypeVar("_Op", contravariant=True)
@@ -147,7 +147,7 @@ class Pipeline(Generic[Op]):
 
     def _make_room(self, count: int) -> None:
         while count > 0 and self._room:
-            _set_done(self._room.popleft())
+            set_done(self._room.popleft())
             count -= 1
 
     async def close(self) -> None:
@@ -164,7 +164,7 @@ class Pipeline(Generic[Op]):
         self.closed = True
         self._make_room(len(self._room))
         if self._wake is not None:
-            _set_done(self._wake)
+            set_done(self._wake)
         return None if self._worker is None or self._worker.done() else self._worker
 
     def _take(self) -> _Batch[Op]:
@@ -258,7 +258,7 @@ class Pipeline(Generic[Op]):
     def _call_worker(self) -> None:
         self._is_mending = True
         if self._wake is not None:
-            _set_done(self._wake)
+            set_done(self._wake)
         elif self._worker is None or self._worker.done():
             # In an empty context, or it would keep that of the first caller alive.
             self._worker = self.loop.create_task(
@@ -329,8 +329,3 @@ class Pipeline(Generic[Op]):
         if self._trouble is not None:
             return RedisUnavailable(self._alias, self._trouble)
         return StorageTimeout(self._timeout, "Redis is busy or away; a write may still be carried out")
-
-
-def _set_done(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

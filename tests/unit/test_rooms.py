@@ -12,7 +12,7 @@ import fsm_storage
 
 ROOT = Path(fsm_storage.__file__).parent
 PURE = {"exceptions", "patches", "keys", "codec", "dialects"}
-CORE = {*PURE, "batching", "outbox", "models", "conf", "signals"}
+CORE = {*PURE, "lanes", "batching", "outbox", "models", "conf", "signals"}
 FIGURES = {"tallies", "rollup", "figures", "layout", "statemap", "picture"}
 BELOW_ADMIN = {
     *CORE,
@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "keys": {"exceptions"},
     "codec": {"exceptions", "keys", "patches"},
     "dialects": {"exceptions", "keys", "patches", "codec"},
-    "batching": {"exceptions"},
+    "lanes": set(),
+    "batching": {"exceptions", "lanes"},
     "outbox": {"exceptions", "keys"},
     "signals": {"dialects"},
     "conf": {"exceptions"},  # storages are loaded by their dotted paths
