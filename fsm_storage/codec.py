@@ -109,21 +109,16 @@ class Codec:
         data = self.decode(base, key)
         if _is_deep(base):  # some Pythons read it; no database takes it back
             raise CorruptData(key, f"nested deeper than {MAX_DEPTH} levels")
-        text: str | None = base if data else EMPTY
+        is_plain = self._is_default and self._loads is _loads
+        text: str | None = (base if data else EMPTY) if is_plain else None
         for added in over:
             new = self._loads(added)
-            if not data or not new:
-                text = added if new else text
-            elif text is not None and text[-1] == "}" and data.keys().isdisjoint(new):
-                text = f"{text[:-1]},{added[1:]}"  # as long as no key is in both
-            else:
-                text = None
+            if text is not None:
+                text = _joined(text, data, added, new)
             data.update(new)
-        if not self._is_default:
-            return _as_text(self._dumps(data)), data
-        if text is None or self._loads is not _loads:
-            return _dumps_again(data), data
-        return text, data
+        if text is not None:
+            return text, data
+        return _dumps_again(data) if self._is_default else _as_text(self._dumps(data)), data
 
     def _dumps_custom(self, data: dict[str, Any], key: str) -> str:
         for path, reason, _ in _flaws(data, only_keys=True):
@@ -204,6 +199,15 @@ class WireCodec(Codec):
 def _is_flat(data: Mapping[str, Any]) -> bool:
     """Say whether JSON gives `data` back as it is, with nothing nested in it that could change."""
     return all(type(name) is str and type(value) in _SCALARS for name, value in data.items())
+
+
+def _joined(base: str, data: dict[str, Any], added: str, new: dict[str, Any]) -> str | None:
+    """Return the text of two objects in one, without encoding them anew; None if they have a key in common."""
+    if not data or not new:
+        return added if new else base
+    if base[-1] != "}" or not data.keys().isdisjoint(new):
+        return None
+    return f"{base[:-1]},{added[1:]}"
 
 
 def _as_text(dumped: str | bytes) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import psycopg
-from django.db import connections
+from django.db import OperationalError, connections
 from django.db.models import F
 
 from fsm_storage.models import FSMRecord, FSMTransition
@@ -104,3 +105,17 @@ class OtherSession:
 
 def is_deadlock(error: Exception) -> bool:
     return isinstance(error, psycopg.errors.DeadlockDetected) or error.args[0] == 1213
+
+
+def drop_connections(database: str, who: str = "%") -> int:
+    """End the connections of others whose last statement is like `who`; return how many they were."""
+    if database == "mariadb":
+        sql = "SELECT id FROM information_schema.processlist WHERE db = database() AND id <> connection_id()"
+        ids = [row[0] for row in execute(database, sql)]
+        for number in ids:
+            with suppress(OperationalError):  # it went by itself
+                execute(database, f"KILL {number}")
+        return len(ids)
+    sql = """SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+             WHERE datname = current_database() AND pid <> pg_backend_pid() AND query LIKE %s"""
+    return int(execute(database, sql, [who])[0][0])

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from fsm_storage.dialects import Plan
@@ -34,7 +33,7 @@ class Here:
 
     is_usable = True
 
-    def __init__(self, connection: Any, *, may_write: bool, log: Path, page: int) -> None:
+    def __init__(self, connection: Any, *, may_write: bool, log: str, page: int) -> None:
         self._connection, self._may_write = connection, may_write
         self._log, self._frame = log, page + _FRAME_HEADER
         self._length, self._due_length = 0, LOG_PAGES * self._frame
@@ -52,7 +51,7 @@ class Here:
         # The first to write when the log begins anew cuts it to this.
         connection.execute(f"PRAGMA journal_size_limit = {LOG_PAGES * page}")
         *_, file = connection.execute("PRAGMA database_list").fetchone()
-        return cls(connection, may_write=synchronous <= _NORMAL, log=Path(f"{file}-wal"), page=page)
+        return cls(connection, may_write=synchronous <= _NORMAL, log=f"{file}-wal", page=page)
 
     def start(self, plan: Plan[Any], begin: str | None, done: Callable[[Any], None]) -> bool:
         began = time.monotonic()
@@ -87,6 +86,7 @@ class Here:
         return self._may_write and not self._is_checkpoint_due()
 
     def _is_checkpoint_due(self) -> bool:
+        """Say whether the log is too long; where a reader keeps it so, once for each `_STEP_PAGES` that it grows."""
         if self._worked < _LOOK_SECONDS:
             return False
         self._worked = 0.0

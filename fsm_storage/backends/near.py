@@ -171,7 +171,7 @@ class Near:
         self._reclaim()
         with self._closing:
             self._generation += 1
-            idle, self._idle, self._is_wanted = self._idle, [], True
+            idle, self._idle = self._idle, []
         for connection, _ in idle:
             connection.close()
 

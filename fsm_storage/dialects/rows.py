@@ -98,7 +98,7 @@ class Work:
         version = self._save(write, row, new)
         if self.scope.history == "states" and write.as_of is not None:
             self._note_steps(write, write.as_of, old, row.version or 0)
-        elif self.scope.history == "full" or (self.scope.history == "states" and _touches_state(write)):
+        elif self.scope.history != "off":
             self._note(write, old, new)
         change = self._change(write, old, new) if self.scope.tells else None
         return Written(version, None, merged, change)
@@ -152,6 +152,8 @@ class Work:
     def _note(self, write: Write, old: Content, new: Content) -> None:
         """Note the transitions: of an expiry that nobody swept before it was overwritten, then the change."""
         now, full = self._now(write), self.scope.history == "full"
+        if not full and not _touches_state(write):
+            return
         before, after = old.live_state(now), new.live_state(now)
         data_before, data_after = old.live_data(now), new.live_data(now)
         if self._finds_state_expired(write, old):

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fsm_storage.backends import here, near
 from fsm_storage.exceptions import StorageTimeout, StorageUnavailable
 from tests.conftest import POSTGRES, SQLITE
 from tests.loop_watch import watched_loop
-from tests.rows import OtherSession, execute, in_thread
+from tests.rows import OtherSession, drop_connections, in_thread
 
 ONLY_SQLITE = pytest.mark.parametrize("database", [SQLITE], indirect=True)
 ONLY_POSTGRES = pytest.mark.parametrize("database", [POSTGRES], indirect=True)
@@ -88,17 +89,9 @@ def other_process() -> Iterator[sqlite3.Connection]:
 
 
 @pytest.fixture
-def end_all(_django_db_marker: None) -> Iterator[Callable[[], None]]:
+def end_all(_django_db_marker: None) -> Iterator[Callable[[], int]]:
     """Have the server end every other connection."""
-
-    def end() -> None:
-        execute(
-            "postgres",
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
-            " AND datname = current_database()",
-        )
-
-    yield end
+    yield partial(drop_connections, "postgres")
     connections["postgres"].close()  # that of this thread, with which the tables are emptied, was ended too
 
 
@@ -200,6 +193,7 @@ async def test_the_write_ahead_log_does_not_grow_for_ever(
     storage: DjangoStorage, seen: Seen, count: int, size: int
 ) -> None:
     for number in range(count):
+        await storage.set_state(chat(number % 50), f"s{number}")
         await storage.set_data(chat(number % 50), {"text": "x" * size, "number": number})
     here, apart = seen.take()
     assert here > 20 * apart > 0
@@ -339,7 +333,7 @@ async def test_more_than_a_socket_takes_at_a_time(storage: DjangoStorage, seen: 
 @ONLY_POSTGRES
 @pytest.mark.parametrize("history", ["off", "states", "full"])
 async def test_connections_that_the_server_ends_are_replaced(
-    make_storage: Make, seen: Seen, history: str, end_all: Callable[[], None]
+    make_storage: Make, seen: Seen, history: str, end_all: Callable[[], int]
 ) -> None:
     storage = make_storage(history=history)
     await opened(storage)
@@ -431,7 +425,7 @@ def test_a_loop_that_ends_in_mid_write_takes_no_connection_with_it(storage: Djan
 
 @ONLY_POSTGRES
 async def test_one_that_the_server_ends_while_it_is_idle_is_known_before_the_next_operation(
-    storage: DjangoStorage, seen: Seen, end_all: Callable[[], None]
+    storage: DjangoStorage, seen: Seen, end_all: Callable[[], int]
 ) -> None:
     await opened(storage)
     await storage.get_state(chat(1))
@@ -504,7 +498,7 @@ async def test_closing_takes_the_sockets_out_of_the_loop(storage: DjangoStorage)
 
 @ONLY_POSTGRES
 async def test_an_ended_connection_that_a_forked_child_still_has_does_not_keep_the_loop_busy(
-    storage: DjangoStorage, end_all: Callable[[], None]
+    storage: DjangoStorage, end_all: Callable[[], int]
 ) -> None:
     await opened(storage)
     await storage.get_state(chat(1))

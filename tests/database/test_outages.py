@@ -9,17 +9,26 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import pytest
 from aiogram.fsm.storage.base import StorageKey
-from django.db import OperationalError, connections
+from django.db import connections
 
 from fsm_storage import DjangoStorage
 from fsm_storage.exceptions import StorageTimeout, StorageUnavailable
 from tests.conftest import MARIADB, POSTGRES, SQLITE
 from tests.loop_watch import watched_loop
-from tests.rows import OtherSession, execute, in_thread, is_deadlock, now_of, record, transitions
+from tests.rows import (
+    OtherSession,
+    drop_connections,
+    execute,
+    in_thread,
+    is_deadlock,
+    now_of,
+    record,
+    transitions,
+)
 from tests.servers import Mariadb, Postgres
 
 Make = Callable[..., DjangoStorage]
@@ -163,19 +172,6 @@ async def test_a_server_that_is_away_at_the_start(own_database: str, own_server:
     await storage.set_state(chat(0), "later")
     assert await storage.get_state(chat(0)) == "later"
     await storage.close()
-
-
-def drop_connections(database: str, who: str = "%") -> int:
-    if database == "mariadb":
-        sql = "SELECT id FROM information_schema.processlist WHERE db = database() AND id <> connection_id()"
-        ids = [row[0] for row in execute(database, sql)]
-        for number in ids:
-            with suppress(OperationalError):  # it went by itself
-                execute(database, f"KILL {number}")
-        return len(ids)
-    sql = """SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
-             WHERE datname = current_database() AND pid <> pg_backend_pid() AND query LIKE %s"""
-    return int(execute(database, sql, [who])[0][0])
 
 
 @ON_SERVERS
