@@ -79,6 +79,7 @@ async def test_the_time_of_expiry_is_now_and_the_ttl(
 
 async def test_a_ttl_under_a_second_is_kept_to_a_tenth(make_storage: Make, key: StorageKey) -> None:
     storage = make_storage(state_ttl=0.4)
+    asked_first = time.monotonic()
     await storage.set_state(key, "a")
     began, seen = time.monotonic(), 0.0
     while True:
@@ -88,7 +89,7 @@ async def test_a_ttl_under_a_second_is_kept_to_a_tenth(make_storage: Make, key: 
         seen = asked
         await asyncio.sleep(0.01)
     assert seen < 0.5  # who asks later than that does not see it
-    assert time.monotonic() - began > 0.29
+    assert time.monotonic() - asked_first > 0.29
 
 
 async def test_the_bots_clock_does_not_matter(

@@ -194,14 +194,13 @@ async def test_a_batch_has_no_more_bytes_than_it_may(mirrored: Mirrored, raw: re
 async def test_a_renewal_that_is_not_applied_yet_is_no_expiry(
     mirrored: Mirrored, database: str, key: StorageKey
 ) -> None:
-    storage = mirrored(state_ttl=0.5, data_ttl=0.5)
+    storage = mirrored(state_ttl=2, data_ttl=2)
     await storage.set_state(key, "a")
     await storage.set_data(key, {"n": 1})
     await mirror_all(storage)
-    await asyncio.sleep(0.2)
     await storage.set_state(key, "b", ttl=100)
     await storage.set_data(key, {"n": 2}, ttl=100)
-    await asyncio.sleep(0.5)  # for the database's clock, the first state has expired
+    await asyncio.sleep(2.1)  # for the database's clock, the first state has expired
     async with mirroring(storage):
         await becomes(lambda: in_thread(lambda: record(database).data == {"n": 2}))
         await asyncio.sleep(0.6)

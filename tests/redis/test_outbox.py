@@ -29,7 +29,7 @@ async def test_each_write_is_told(make: Make, raw: redis.Redis, key: StorageKey)
     other = StorageKey(1, 2, 3, thread_id=4, business_connection_id="b")
     await storage.set_state(key, "Form:name")
     await storage.set_data(key, {"b": 1, "a": 2})
-    await storage.update_data(key, {"c": 3}, ttl=1.5)
+    await storage.update_data(key, {"c": 3}, ttl=20.5)
     await storage.set_state(key, None)
     await storage.set_data(key, {})
     await storage.set_state(other, "", ttl=None)
@@ -38,7 +38,7 @@ async def test_each_write_is_told(make: Make, raw: redis.Redis, key: StorageKey)
     assert records(raw) == [
         Record(key, "state", "Form:name", 100_000),
         Record(key, "data", '{"b": 1, "a": 2}'),
-        Record(key, "data", '{"b": 1, "a": 2, "c": 3}', 1500),
+        Record(key, "data", '{"b": 1, "a": 2, "c": 3}', 20_500),
         Record(key, "state", None),
         Record(key, "data", None),
         Record(other, "state", ""),
