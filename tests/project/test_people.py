@@ -20,7 +20,12 @@ from tests.rows import in_thread, records
 async def test_people_and_bot_understand_each_other(api: BotAPI, storage: DjangoStorage) -> None:
     people = People(api, count=16, pace=200, seed=7)
     async with running_bot(api, storage):
-        await people.run(seconds=1.5)
+        talking = asyncio.create_task(people.run(seconds=60))
+        await asyncio.sleep(1.5)
+        while people.endings["finished"] <= 5 and not talking.done():
+            await asyncio.sleep(0.1)
+        talking.cancel()
+        await asyncio.wait([talking])
     assert people.endings["finished"] > 5
     assert set(people.endings) <= {"finished", "given up"}
     rows = await in_thread(records, storage.database)
