@@ -94,10 +94,12 @@ class Content(NamedTuple):
     data_expires_at: Seconds | None = None
 
     def live_state(self, now: Seconds) -> str | None:
-        return None if is_past(self.state_expires_at, now) else self.state
+        at = self.state_expires_at
+        return self.state if at is None or at > now else None
 
     def live_data(self, now: Seconds) -> str:
-        return EMPTY if is_past(self.data_expires_at, now) else self.data
+        at = self.data_expires_at
+        return self.data if at is None or at > now else EMPTY
 
 
 def is_past(expires_at: Seconds | None, now: Seconds) -> bool:

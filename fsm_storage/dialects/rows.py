@@ -155,17 +155,16 @@ class Work:
         if not full and not _touches_state(write):
             return
         before, after = old.live_state(now), new.live_state(now)
-        data_before, data_after = old.live_data(now), new.live_data(now)
+        kept_before = valid(old.live_data(now)) if full else None
+        kept_after = valid(new.live_data(now)) if full else None
         if self._finds_state_expired(write, old):
-            data = valid(data_before) if full else None
             at = self.clock.write(old.state_expires_at)
-            self._add_transition(write, old.state, None, at, ("expiry", ""), data, data)
+            self._add_transition(write, old.state, None, at, ("expiry", ""), kept_before, kept_before)
         if full and self._finds_data_expired(write, old):
             at = self.clock.write(old.data_expires_at)
             self._add_transition(write, before, before, at, ("expiry", ""), valid(old.data), EMPTY)
-        if before != after or (full and differ(data_before, data_after)):
-            kept = (valid(data_before), valid(data_after)) if full else (None, None)
-            self._add_transition(write, before, after, self._at(write), self.scope.cause, *kept)
+        if before != after or (full and differ(old.live_data(now), new.live_data(now))):
+            self._add_transition(write, before, after, self._at(write), self.scope.cause, kept_before, kept_after)
 
     def _finds_state_expired(self, write: Write, old: Content) -> bool:
         now = self.clock.now if write.as_of is None else write.as_of.seen_at
