@@ -10,19 +10,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import queue
-import random
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextlib import suppress
 from enum import Enum
 from typing import Any, Final, Generic, Literal, TypeVar
 
+from fsm_storage.backlog import Backlog, Item
 from fsm_storage.exceptions import StorageClosed, StorageTimeout
-from fsm_storage.lanes import Asked, Lane, set_done
+from fsm_storage.lanes import Asked, Lane, call, set_done
 
 Op = TypeVar("Op")
 Reply = TypeVar("Reply")
@@ -49,9 +47,6 @@ Drive = Callable[[Sequence[Op], Done[Reply]], bool]
 
 _running_loop, _now = asyncio.get_running_loop, time.monotonic
 
-# An operation on its way: itself, who waits for it, until when. A plain tuple, because there are
-# tens of thousands in a second.
-_Item = tuple[Any, Lane, "asyncio.Future[Any]", float]
 _Part = TypeVar("_Part", bound=tuple[Any, ...])
 
 
@@ -95,12 +90,10 @@ class Batcher(Generic[Op, Reply]):
 
     def _start(self) -> None:
         self._lock = threading.Lock()
-        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        self._put_off: deque[tuple[float, _Item]] = deque()
-        self._attempts: dict[asyncio.Future[Any], int] = {}
-        self._is_ending = False
+        self._backlog = Backlog(
+            self._key, timeout=self._timeout, max_pending=self._max_pending, batch_size=self._batch_size
+        )
         self._driven_at = 0.0
-        self._room: deque[tuple[Lane, asyncio.Future[None]]] = deque()
         self._lanes: dict[asyncio.AbstractEventLoop, Lane] = {}
         self._thread: threading.Thread | None = None
 
@@ -115,7 +108,7 @@ class Batcher(Generic[Op, Reply]):
         """
         lane = self._lanes.get(_running_loop()) or self._add_lane()
         deadline = _now() + self._timeout
-        if self._queue.qsize() >= self._max_pending:
+        if self._backlog.size() >= self._max_pending:
             return self._submit_later(op, lane, deadline)
         return self._submit_now(op, lane, deadline)
 
@@ -125,7 +118,7 @@ class Batcher(Generic[Op, Reply]):
         The operation is begun in the next turn of the loop; where there is none any more, it is left out.
         """
         lane = self._lanes.get(_running_loop()) or self._add_lane()
-        if self._drive is None or self._queue.qsize() + len(lane.asked) >= self._max_pending:
+        if self._drive is None or self._backlog.size() + len(lane.asked) >= self._max_pending:
             return self.submit(op)
         if self.closed:
             raise StorageClosed
@@ -141,14 +134,14 @@ class Batcher(Generic[Op, Reply]):
         if self.closed:
             raise StorageClosed
         future = lane.expect(deadline)
-        self._queue.put((op, lane, future, deadline))
+        self._backlog.put((op, lane, future, deadline))
         if self._thread is None:
             self._start_thread()
         return future
 
     async def _submit_later(self, op: Op, lane: Lane, deadline: float) -> Reply:
-        while self._queue.qsize() >= self._max_pending and not self.closed:
-            await self._wait_for_room(lane, deadline)
+        while self._backlog.size() >= self._max_pending and not self.closed:
+            await self._backlog.wait_for_room(lane, deadline)
         return await self._submit_now(op, lane, deadline)
 
     async def close(self) -> None:
@@ -167,10 +160,8 @@ class Batcher(Generic[Op, Reply]):
         with self._lock:
             if not self.closed:
                 self.closed = True
-                self._queue.put(None)
-            thread = self._thread
-        self._make_room(len(self._room))
-        return thread
+                self._backlog.end()
+            return self._thread
 
     def _hand_over(self, lane: Lane) -> None:
         """Answer what came in this turn of the loop; what has the key of another one is for the next turn."""
@@ -246,7 +237,7 @@ class Batcher(Generic[Op, Reply]):
         for op, future in asked:
             if future.done():
                 continue
-            self._queue.put((op, lane, future, lane.wait_for(future, deadline)))
+            self._backlog.put((op, lane, future, lane.wait_for(future, deadline)))
         if asked and self._thread is None:  # also after `close()`: it was accepted before
             self._start_thread()
 
@@ -283,37 +274,6 @@ class Batcher(Generic[Op, Reply]):
         reason = f"the {self._server} is busy or away; a write may still be carried out"
         return StorageTimeout(self._timeout, reason)
 
-    async def _wait_for_room(self, lane: Lane, deadline: float) -> None:
-        room: asyncio.Future[None] = lane.loop.create_future()
-        self._room.append((lane, room))
-        if self._queue.qsize() < self._max_pending:  # it was made before this one stood in line
-            self._make_room(1)
-        try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                await room
-        except TimeoutError as error:
-            self._leave_line(lane, room)
-            reason = f"{self._max_pending} operations are waiting already"
-            raise StorageTimeout(self._timeout, reason) from error
-        except asyncio.CancelledError:
-            self._leave_line(lane, room)
-            raise
-
-    def _leave_line(self, lane: Lane, room: asyncio.Future[None]) -> None:
-        """Take a waiter out; if it had its turn already, the turn goes to the next one."""
-        try:
-            self._room.remove((lane, room))
-        except ValueError:
-            self._make_room(1)
-
-    def _make_room(self, count: int) -> None:
-        for _ in range(count):
-            try:
-                lane, room = self._room.popleft()
-            except IndexError:
-                return
-            _call(lane, set_done, room)
-
     # From here on: the batcher's thread.
 
     def _run(self) -> None:
@@ -326,60 +286,18 @@ class Batcher(Generic[Op, Reply]):
         finally:
             self._release()
 
-    def _take(self) -> list[_Item] | None:
+    def _take(self) -> list[Item] | None:
         """Return the next batch, maybe an empty one; None when the thread shall end."""
-        batch: dict[Hashable, _Item] = {}
-        now = time.monotonic()
-        for _ in range(len(self._put_off)):
-            ready_at, item = self._put_off.popleft()
-            if ready_at <= now:
-                self._add(batch, item)
-            else:
-                self._put_off.append((ready_at, item))
-        while len(batch) < self._batch_size and len(self._put_off) < self._max_pending:
-            try:
-                found = self._queue.get_nowait() if batch else self._wait(now)
-            except queue.Empty:
-                break
-            if found is None:  # shut; behind it comes at most what raced with it
-                self._is_ending = True
-            else:
-                self._add(batch, found)
-        if not batch and not self._put_off:
-            return self._end_if_idle()
-        if self._room:
-            self._make_room(self._max_pending - self._queue.qsize())
-        return list(batch.values())
+        batch = self._backlog.take(IDLE_SECONDS)
+        return batch if batch or not self._backlog.is_empty else self._end_if_idle()
 
-    def _wait(self, now: float) -> _Item | None:
-        if self._room:  # what was in the queue had been given up, all of it
-            self._make_room(self._max_pending - self._queue.qsize())
-        if not self._put_off:
-            return self._queue.get_nowait() if self._is_ending else self._queue.get(timeout=IDLE_SECONDS)
-        first = min(ready_at for ready_at, _ in self._put_off)
-        return self._queue.get(timeout=max(first - now, 0.0005))
-
-    def _add(self, batch: dict[Hashable, _Item], item: _Item) -> None:
-        if item[2].done():  # nobody waits for it any more, and nothing has been done
-            self._attempts.pop(item[2], None)
-            return
-        key = self._key(item[0])
-        if key is None:
-            batch[id(item)] = item
-        elif key in batch or len(batch) >= self._batch_size:
-            self._put_off.append((0.0, item))
-        else:
-            batch[key] = item
-
-    def _end_if_idle(self) -> list[_Item] | None:
-        if (
-            not self._is_ending and _now() - self._driven_at < IDLE_SECONDS
-        ):  # the loops' connections would end with the thread
-            return []
+    def _end_if_idle(self) -> list[Item] | None:
+        if not self._backlog.is_ending and _now() - self._driven_at < IDLE_SECONDS:
+            return []  # the loops' connections would end with the thread
         # In this order: whoever puts something in after the second look has seen that there is no thread.
         with self._lock:
             self._thread = None
-            if self._queue.empty():
+            if self._backlog.is_empty:
                 return None
             self._thread = threading.current_thread()
             return []
@@ -396,7 +314,7 @@ class Batcher(Generic[Op, Reply]):
         first = parts.pop(self._first, None) if self._first else None
         return [first, *parts.values()] if first else list(parts.values())
 
-    def _answer(self, batch: list[_Item]) -> None:
+    def _answer(self, batch: list[Item]) -> None:
         replies: Replies[Reply]
         try:
             replies = self._commit([item[0] for item in batch], max([item[3] for item in batch]))
@@ -407,22 +325,15 @@ class Batcher(Generic[Op, Reply]):
         for item, reply in zip(batch, replies, strict=True):
             _, lane, future, _ = item
             if reply is AGAIN:
-                self._try_later(item)
+                self._backlog.put_off(item)
                 continue
             letters = mail.get(lane)
             if letters is None:
                 letters = mail[lane] = []
             letters.append((future, reply))
-            if self._attempts:
-                self._attempts.pop(future, None)
+            self._backlog.forget(future)
         for lane, letters in mail.items():
-            _call(lane, lane.deliver, letters)
-
-    def _try_later(self, item: _Item) -> None:
-        attempts = self._attempts.get(item[2], 0)
-        self._attempts[item[2]] = attempts + 1
-        delay = min(0.001 * 2**attempts, 0.05) * random.uniform(0.5, 1.5)  # noqa: S311 - jitter
-        self._put_off.append((time.monotonic() + delay, item))
+            call(lane, lane.deliver, letters)
 
 
 _batchers: weakref.WeakSet[Batcher[Any, Any]] = weakref.WeakSet()
@@ -436,10 +347,3 @@ def _start_anew() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_anew)
-
-
-def _call(lane: Lane, function: Callable[..., None], argument: Any) -> None:
-    try:
-        lane.loop.call_soon_threadsafe(function, argument)
-    except RuntimeError:  # the loop was closed; nobody waits there any more
-        logger.debug("replies for a closed event loop were dropped")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
+
+logger = logging.getLogger("fsm_storage")
 
 Asked = tuple[Any, "asyncio.Future[Any]"]
 """An operation that the loop's own connection may answer, and who waits for it."""
@@ -77,3 +80,11 @@ class Lane:
 def set_done(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
+
+
+def call(lane: Lane, function: Callable[..., None], argument: Any) -> None:
+    """Call `function` on the lane's loop, from any thread."""
+    try:
+        lane.loop.call_soon_threadsafe(function, argument)
+    except RuntimeError:  # the loop was closed; nobody waits there any more
+        logger.debug("replies for a closed event loop were dropped")

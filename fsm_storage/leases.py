@@ -30,7 +30,8 @@ _MAY_BE_GRANTED = (asyncio.CancelledError, StorageTimeout, StorageUnavailable)
 class LeaseTable(Protocol):
     """Where leases are kept: a storage that carries out claims."""
 
-    closed: bool
+    @property
+    def closed(self) -> bool: ...
 
     def submit(self, errand: Claim, /) -> Awaitable[Any]:
         """Carry out a claim in a batch with others; the result is the token, or None."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from functools import partial
@@ -15,15 +14,13 @@ from django.core.checks import CheckMessage
 
 from fsm_storage import signals
 from fsm_storage.backends.arguments import Handlers, Identified, TtlOption, actor_name, edit_ttl, own_ttl
+from fsm_storage.backends.carrying import Carrier, Operation
 from fsm_storage.backends.fencing import HOLD
 from fsm_storage.backends.moving import MovesChats
-from fsm_storage.backends.near import Near
 from fsm_storage.backends.options import check_options, checked_options, loaded
 from fsm_storage.backends.session import Session
-from fsm_storage.batching import AGAIN, Batcher, Replies
 from fsm_storage.codec import Codec, Dumps, Loads
 from fsm_storage.dialects import (
-    LOCKED,
     NOTHING_SPARED,
     AsOf,
     Cause,
@@ -42,7 +39,6 @@ from fsm_storage.signals import News
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Identified)
-Operation = Read | Write | Errand
 
 
 class DjangoStorage(MovesChats, BaseStorage):
@@ -103,16 +99,12 @@ class DjangoStorage(MovesChats, BaseStorage):
         self.codec = Codec(loaded(json_loads), loaded(json_dumps))
         self._state_ttl, self._data_ttl = Ttl(ttl_seconds(state_ttl)), Ttl(ttl_seconds(data_ttl))
         self._scope = Scope(alias, history, self.codec)
-        self._telling = self._scope._replace(tells=True)
         self._session, self.timeout = Session(database, timeout), timeout
-        self._near = Near(database, timeout)
+        self._carrier = Carrier(
+            self._session, self._scope, timeout=timeout, max_pending=max_pending, batch_size=batch_size
+        )
         self._expiry = expiry
         self.sender: type[BaseStorage] = type(self)
-        self._limits = {"timeout": timeout, "max_pending": max_pending, "batch_size": batch_size}
-        self._reads: Batcher[Operation, Any] | None = None
-        self._writes: Sequence[Batcher[Operation, Any]] = ()
-        self._starting = threading.Lock()
-        self.closed = False
 
     @classmethod
     def check(cls, alias: str, options: Mapping[str, Any]) -> list[CheckMessage]:
@@ -161,30 +153,17 @@ class DjangoStorage(MovesChats, BaseStorage):
         written: Written = await self._write(Write(text, key, patch, self._state_ttl, rule))
         return written.merged if written.merged is not None else self.codec.decode(written.text or "", text)
 
+    @property
+    def closed(self) -> bool:
+        return self._carrier.closed
+
     async def close(self) -> None:
         """Finish what was accepted, for `timeout` seconds at the most, and refuse what comes later."""
-        threads = self._shut_all()
-        await asyncio.gather(*(batcher.settle() for batcher in self._batchers))
-        if threads:
-            await asyncio.get_running_loop().run_in_executor(None, self._join, threads)
+        await self._carrier.close()
 
     def shut(self) -> None:
         """Do what `close()` does, from synchronous code. What a running loop has open is closed in its next turn."""
-        self._join(self._shut_all())
-
-    def _shut_all(self) -> list[threading.Thread]:
-        self.closed = True
-        return [thread for batcher in self._batchers if (thread := batcher.shut())]
-
-    @property
-    def _batchers(self) -> Sequence[Batcher[Operation, Any]]:
-        return list(dict.fromkeys(batcher for batcher in (self._reads, *self._writes) if batcher))
-
-    def _join(self, threads: Sequence[threading.Thread]) -> None:
-        deadline = time.monotonic() + self._limits["timeout"]
-        for thread in threads:
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, deadline - time.monotonic()))
+        self._carrier.shut()
 
     def edit(
         self,
@@ -263,7 +242,7 @@ class DjangoStorage(MovesChats, BaseStorage):
         With `as_of`, only what had expired by then, of records at a smaller version. What `expiry` has
         handlers for is left to them. Returns the three counts; all 0 when there is nothing left to do. Synchronous.
         """
-        scope = self._telling if signals.is_heard() or signals.hints else self._scope
+        scope = self._scope._replace(tells=bool(signals.is_heard() or signals.hints))
         spared = self.expiry.spared() if self.expiry else NOTHING_SPARED
         swept = self._session.sweep(scope, limit, spared, as_of)
         if swept.lapsed:
@@ -275,11 +254,7 @@ class DjangoStorage(MovesChats, BaseStorage):
         """Carry out a write or an errand, in a batch with others of whichever kind."""
         if self.in_transaction:
             return self._now(op)
-        writes = self._writes or self._start()[1]
-        if type(op) is not Write:
-            return writes[0].submit(op)
-        # Those of one key meet in one queue, which keeps them apart; in two, they would wait for the row.
-        return writes[hash(op.key) % len(writes)].ask(op)
+        return self._carrier.write(op)
 
     async def finish(self, errands: Sequence[Errand]) -> None:
         """Carry out errands of one kind, also after `close()`. Raises the first error."""
@@ -312,7 +287,7 @@ class DjangoStorage(MovesChats, BaseStorage):
     def _read(self, read: Read) -> Awaitable[Any]:
         if self.in_transaction:
             return self._now(read)
-        return (self._reads or self._start()[0]).ask(read)
+        return self._carrier.read(read)
 
     def _write(self, write: Write) -> Awaitable[Any]:
         hold = HOLD.get()
@@ -344,10 +319,10 @@ class DjangoStorage(MovesChats, BaseStorage):
             replies = self._session.write_here([op], self._scope._replace(tells=signals.is_heard()))
             signals.hint_of(self.alias, [op], replies)
             return replies[0]
-        return self._commit([op], 0.0)[0]
+        return self._carrier.carry_out([op], 0.0)[0]
 
     def _finish_here(self, errands: Sequence[Errand]) -> None:
-        deadline = time.monotonic() + self._limits["timeout"]
+        deadline = time.monotonic() + self.timeout
         for reply in self._session.carry_out(errands, self._scope, deadline) if errands else ():
             if isinstance(reply, BaseException):
                 raise reply
@@ -358,88 +333,3 @@ class DjangoStorage(MovesChats, BaseStorage):
             self._finish_here(errands)
         finally:
             self._session.release()
-
-    def _start(self) -> tuple[Batcher[Operation, Any], Sequence[Batcher[Operation, Any]]]:
-        """Make the batchers, at the first operation: settings are not read earlier."""
-        with self._starting:
-            if not self._writes or self._reads is None:
-                dialect = self._session.dialect
-                writes = [self._batcher(f"writes {number}") for number in range(dialect.writers)]
-                self._reads = self._batcher("reads") if dialect.reads_apart else writes[0]
-                self._writes = writes
-                if self.closed:
-                    self.shut()
-            return self._reads, self._writes
-
-    def _batcher(self, what: str) -> Batcher[Operation, Any]:
-        return Batcher(
-            self._work,
-            key=_collision_key,
-            release=self._release_worker,
-            name=f"fsm_storage {self.alias} {what}",
-            timeout=self._limits["timeout"],
-            max_pending=int(self._limits["max_pending"]),
-            batch_size=int(self._limits["batch_size"]),
-            first=Read,
-            drive=None if self._session.dialect.drives is None else self._drive,
-            after=self._open_near,
-        )
-
-    def _release_worker(self) -> None:
-        self._near.close()
-        self._session.release()
-
-    def _work(self, ops: Sequence[Any], deadline: float) -> Replies[Any]:
-        """Answer operations of one kind, on a worker thread."""
-        self._near.is_held = type(ops[0]) is not Read
-        try:
-            return self._commit(ops, deadline)
-        finally:
-            self._near.is_held = False
-
-    def _open_near(self) -> None:
-        self._near.open(self._session.dialect, prepares=self._session.may_prepare)
-
-    def _commit(self, ops: Sequence[Any], deadline: float) -> Replies[Any]:
-        """Answer operations of one kind."""
-        kind, scope = type(ops[0]), self._scope_now
-        if kind is Read:
-            return self._session.read(ops, scope, deadline)
-        if kind is not Write:
-            return self._session.carry_out(ops, scope, deadline)
-        return self._told(ops, self._session.write(ops, scope, deadline))
-
-    def _drive(self, ops: Sequence[Any], done: Callable[[Replies[Any] | None], None]) -> bool:
-        """Begin to answer reads, or writes, on the event loop's thread; say whether that is so."""
-        scope, dialect = self._scope_now, self._near.dialect
-        if dialect is None:
-            return False
-        if type(ops[0]) is Read:
-            return self._near.start(dialect.read(ops, scope), None, done)
-        # Where one writes at a time, what writes waits behind the thread, or it would take the lock from it.
-        if (dialect.write_begin and self._near.is_held) or not self._session.are_free(ops):
-            return False
-
-        def told(replies: Sequence[WriteReply] | None) -> None:
-            done(None if replies is None else self._told(ops, replies))
-
-        return self._near.start(dialect.write(ops, scope, free=True), dialect.write_begin, told)
-
-    def _told(self, writes: Sequence[Write], replies: Sequence[WriteReply]) -> Replies[Any]:
-        """Tell the live pages of writes; return the replies for the batcher."""
-        signals.hint_of(self.alias, writes, replies)
-        if LOCKED not in replies:
-            return replies
-        return [AGAIN if reply is LOCKED else reply for reply in replies]
-
-    @property
-    def _scope_now(self) -> Scope:
-        return self._telling if signals.is_heard() else self._scope
-
-
-def _collision_key(op: Operation) -> Hashable | None:
-    """Return what at most one operation of a batch may have; reads never collide."""
-    kind = type(op)
-    if kind is Write:
-        return op.key
-    return None if kind is Read else (kind, op.key)

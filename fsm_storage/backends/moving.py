@@ -42,9 +42,11 @@ class MovesChats:
     if TYPE_CHECKING:
         database: str
         in_transaction: bool
-        closed: bool
         _scope: Scope
         _session: Session
+
+        @property
+        def closed(self) -> bool: ...
 
         def key_text(self, key: StorageKey) -> str: ...
 

@@ -164,7 +164,9 @@ class Work:
             at = self.clock.write(old.data_expires_at)
             self._add_transition(write, before, before, at, ("expiry", ""), valid(old.data), EMPTY)
         if before != after or (full and differ(old.live_data(now), new.live_data(now))):
-            self._add_transition(write, before, after, self._at(write), self.scope.cause, kept_before, kept_after)
+            self._add_transition(
+                write, before, after, self._at(write), self.scope.cause, kept_before, kept_after
+            )
 
     def _finds_state_expired(self, write: Write, old: Content) -> bool:
         now = self.clock.now if write.as_of is None else write.as_of.seen_at

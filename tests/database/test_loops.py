@@ -92,7 +92,7 @@ def test_a_loop_that_ended_in_mid_write_leaves_the_storage_working(
 def test_short_lived_loops_leave_nothing_behind(storage: DjangoStorage, key: StorageKey) -> None:
     for n in range(30):
         async_to_sync(storage.update_data)(key, {"n": n})
-    for batcher in (storage._reads, *storage._writes):
+    for batcher in (storage._carrier._reads, *storage._carrier._writes):
         assert batcher is not None
         assert len(batcher._lanes) <= 2
 

@@ -20,6 +20,7 @@ from django.db import connections
 
 from fsm_storage import DjangoStorage
 from fsm_storage.backends import here, near
+from fsm_storage.backends.carrying import Carrier
 from fsm_storage.exceptions import StorageTimeout, StorageUnavailable
 from tests.conftest import POSTGRES, SQLITE
 from tests.loop_watch import watched_loop
@@ -40,21 +41,21 @@ class Seen:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.here = self.apart = 0
-        drive, work = DjangoStorage._drive, DjangoStorage._work
+        drive, work = Carrier._drive, Carrier._work
 
-        def noted_drive(storage: DjangoStorage, ops: Any, done: Any) -> bool:
+        def noted_drive(carrier: Carrier, ops: Any, done: Any) -> bool:
             def noted_done(replies: Any) -> None:
                 self.here += len(ops) if replies is not None else 0
                 done(replies)
 
-            return drive(storage, ops, noted_done)
+            return drive(carrier, ops, noted_done)
 
-        def noted_work(storage: DjangoStorage, ops: Any, deadline: float) -> Any:
+        def noted_work(carrier: Carrier, ops: Any, deadline: float) -> Any:
             self.apart += len(ops)
-            return work(storage, ops, deadline)
+            return work(carrier, ops, deadline)
 
-        monkeypatch.setattr(DjangoStorage, "_drive", noted_drive)
-        monkeypatch.setattr(DjangoStorage, "_work", noted_work)
+        monkeypatch.setattr(Carrier, "_drive", noted_drive)
+        monkeypatch.setattr(Carrier, "_work", noted_work)
 
     def take(self) -> tuple[int, int]:
         """Return how many went here and how many apart, since the last call."""
@@ -75,7 +76,9 @@ async def warm(storage: DjangoStorage) -> None:
 
 
 async def idle(storage: DjangoStorage) -> None:
-    while storage._near.is_held or not (storage._near._opened or storage._near._not_before):
+    while storage._carrier._near.is_held or not (
+        storage._carrier._near._opened or storage._carrier._near._not_before
+    ):
         await asyncio.sleep(0.001)
 
 
@@ -248,9 +251,9 @@ async def test_a_poisoned_operation_fails_alone(storage: DjangoStorage) -> None:
 @ONLY_SQLITE
 async def test_closing_closes_the_connections(storage: DjangoStorage) -> None:
     await warm(storage)
-    [(connection, _)] = storage._near._idle
+    [(connection, _)] = storage._carrier._near._idle
     await storage.close()
-    assert not storage._near._idle
+    assert not storage._carrier._near._idle
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         connection._connection.execute("SELECT 1")  # type: ignore[attr-defined]
 
@@ -295,7 +298,7 @@ async def test_postgresql_needs_the_thread_for_the_first_operations_only(
 async def opened(storage: DjangoStorage) -> None:
     """Wait for the first connection."""
     await storage.get_state(chat(0))
-    while not storage._near._idle:
+    while not storage._carrier._near._idle:
         await asyncio.sleep(0.001)
 
 
@@ -403,7 +406,7 @@ async def test_where_a_pooler_swaps_connections_nothing_is_prepared(
         await storage.update_data(chat(number), {"n": number})
         assert await storage.get_data(chat(number)) == {"n": number}
     assert seen.take() == (20, 0)
-    assert all(not line._names for line, _ in storage._near._idle)  # type: ignore[attr-defined]
+    assert all(not line._names for line, _ in storage._carrier._near._idle)  # type: ignore[attr-defined]
 
 
 @ONLY_POSTGRES
@@ -413,14 +416,14 @@ def test_a_loop_that_ends_in_mid_write_takes_no_connection_with_it(storage: Djan
         left = [asyncio.ensure_future(storage.set_state(chat(n), "a")) for n in range(50)]
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        assert storage._near._lent
+        assert storage._carrier._near._lent
         assert not any(task.done() for task in left)
 
     for _ in range(3):
         asyncio.run(main())
     storage.shut()
-    assert not storage._near._idle
-    assert not storage._near._lent
+    assert not storage._carrier._near._idle
+    assert not storage._carrier._near._lent
 
 
 @ONLY_POSTGRES
@@ -429,7 +432,7 @@ async def test_one_that_the_server_ends_while_it_is_idle_is_known_before_the_nex
 ) -> None:
     await opened(storage)
     await storage.get_state(chat(1))
-    [(line, _)] = storage._near._idle
+    [(line, _)] = storage._carrier._near._idle
     await in_thread(end_all)
     async with asyncio.timeout(10):
         while line.is_usable:
@@ -453,7 +456,7 @@ def test_the_next_loop_goes_on_with_the_connections_of_one_that_was_closed(
     for _ in range(5):
         assert asyncio.run(storage.get_state(chat(1))) is None  # type: ignore[arg-type]
     assert seen.take() == (5, 0)
-    assert storage._near._opened == 1
+    assert storage._carrier._near._opened == 1
     storage.shut()
 
 
@@ -467,8 +470,8 @@ def test_a_loop_that_is_not_closed_keeps_its_connection_and_shutting_takes_it(
         seen.take()
         loop.run_until_complete(read(storage))
         assert seen.take() == (1, 0)
-    sockets = [line._socket.fileno() for line, _ in storage._near._idle]  # type: ignore[attr-defined]
-    assert len(sockets) == storage._near._opened == 2
+    sockets = [line._socket.fileno() for line, _ in storage._carrier._near._idle]  # type: ignore[attr-defined]
+    assert len(sockets) == storage._carrier._near._opened == 2
     storage.shut()
     for loop in loops:
         assert not any(loop.remove_reader(socket) for socket in sockets)
@@ -477,7 +480,7 @@ def test_a_loop_that_is_not_closed_keeps_its_connection_and_shutting_takes_it(
 
 async def opened_for(storage: DjangoStorage) -> None:
     """Wait for a connection that this loop may use."""
-    while not any(line.may_serve(asyncio.get_running_loop()) for line, _ in storage._near._idle):
+    while not any(line.may_serve(asyncio.get_running_loop()) for line, _ in storage._carrier._near._idle):
         await read(storage)
 
 
@@ -490,7 +493,7 @@ async def test_closing_takes_the_sockets_out_of_the_loop(storage: DjangoStorage)
     await opened(storage)
     await asyncio.gather(*(storage.set_state(chat(n), "a") for n in range(20)))
     await asyncio.gather(*(storage.get_state(chat(n)) for n in range(20)))
-    sockets = [line._socket.fileno() for line, _ in storage._near._idle]  # type: ignore[attr-defined]
+    sockets = [line._socket.fileno() for line, _ in storage._carrier._near._idle]  # type: ignore[attr-defined]
     assert sockets
     await storage.close()
     assert not any(asyncio.get_running_loop().remove_reader(socket) for socket in sockets)
@@ -502,7 +505,7 @@ async def test_an_ended_connection_that_a_forked_child_still_has_does_not_keep_t
 ) -> None:
     await opened(storage)
     await storage.get_state(chat(1))
-    [(line, _)] = storage._near._idle
+    [(line, _)] = storage._carrier._near._idle
     childs = os.dup(line._pgconn.socket)  # type: ignore[attr-defined]
     try:
         await in_thread(end_all)
@@ -575,7 +578,7 @@ async def test_a_connection_that_is_lost_in_the_midst_of_sending_is_left_to_the_
     began = time.monotonic()
     writes = [asyncio.ensure_future(storage.set_data(chat(n), {"text": "x" * 400_000})) for n in range(60)]
     async with asyncio.timeout(10):
-        while not any(line._has_writer for line in storage._near._lent):  # type: ignore[attr-defined]
+        while not any(line._has_writer for line in storage._carrier._near._lent):  # type: ignore[attr-defined]
             await asyncio.sleep(0)
     wire.cut()
     await asyncio.gather(*writes)

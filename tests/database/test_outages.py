@@ -16,6 +16,7 @@ from aiogram.fsm.storage.base import StorageKey
 from django.db import connections
 
 from fsm_storage import DjangoStorage
+from fsm_storage.backends.carrying import Carrier
 from fsm_storage.exceptions import StorageTimeout, StorageUnavailable
 from tests.conftest import MARIADB, POSTGRES, SQLITE
 from tests.loop_watch import watched_loop
@@ -132,7 +133,7 @@ async def test_a_crash_of_one_process_of_the_server_fails_no_call(
 ) -> None:
     """PostgreSQL then ends all the others too; over a Unix socket, libpq first learns of it when it writes."""
     if is_apart:
-        monkeypatch.setattr(DjangoStorage, "_drive", lambda *args: False)
+        monkeypatch.setattr(Carrier, "_drive", lambda *args: False)
     storage = DjangoStorage(own_database, database=own_database, timeout=15.0)
     for round_ in range(3):
         await asyncio.gather(*(storage.set_state(chat(n), "before") for n in range(20)))

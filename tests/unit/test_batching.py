@@ -194,7 +194,7 @@ async def test_past_the_bound_callers_wait_for_room(make, commit):
     busy = await held(batcher, commit)
     tasks = [asyncio.ensure_future(batcher.submit((n, n))) for n in range(100)]
     await asyncio.sleep(0.02)
-    assert batcher._queue.qsize() == 10
+    assert batcher._backlog.size() == 10
     commit.go.set()
     assert await asyncio.gather(*tasks) == list(range(100))
     await busy
@@ -289,7 +289,7 @@ async def test_nothing_is_kept_for_what_is_done(make, commit):
     await asyncio.gather(*(batcher.submit((n, n)) for n in range(500)))
     lane = batcher._lanes[asyncio.get_running_loop()]
     assert not lane.waiting
-    assert batcher._queue.qsize() == len(batcher._put_off) == 0
+    assert batcher._backlog.is_empty
 
 
 class Driver:

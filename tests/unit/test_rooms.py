@@ -12,7 +12,7 @@ import fsm_storage
 
 ROOT = Path(fsm_storage.__file__).parent
 PURE = {"exceptions", "patches", "keys", "codec", "dialects"}
-CORE = {*PURE, "lanes", "batching", "outbox", "models", "conf", "signals"}
+CORE = {*PURE, "lanes", "backlog", "batching", "outbox", "models", "conf", "signals"}
 FIGURES = {"tallies", "rollup", "figures", "layout", "statemap", "picture"}
 BELOW_ADMIN = {
     *CORE,
@@ -36,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "codec": {"exceptions", "keys", "patches"},
     "dialects": {"exceptions", "keys", "patches", "codec"},
     "lanes": set(),
-    "batching": {"exceptions", "lanes"},
+    "backlog": {"exceptions", "lanes"},
+    "batching": {"exceptions", "lanes", "backlog"},
     "outbox": {"exceptions", "keys"},
     "signals": {"dialects"},
     "conf": {"exceptions"},  # storages are loaded by their dotted paths
@@ -88,6 +89,7 @@ MUST_NOT_KNOW: dict[str, set[str]] = {
     "keys": {"django", "asyncio", "threading", "time"},
     "codec": {"django", "asyncio", "threading", "time"},
     "dialects": {"django", "asgiref", "asyncio", "threading", "time", "psycopg", "sqlite3"},
+    "backlog": {"django", "aiogram", "asgiref", "psycopg", "sqlite3"},
     "batching": {"django", "aiogram", "asgiref", "psycopg", "sqlite3"},
     "outbox": {"django", "redis", "asyncio", "threading", "time"},
     "rights": {"aiogram", "asyncio", "asgiref"},
