@@ -56,12 +56,14 @@ async def _measure(cell: Cell, places: Places) -> dict[str, Any]:
                 return await locking.measure(
                     isolation, cell.chats, cell.seconds, shared=cell.kind == "shared-lock"
                 )
-        module = dispatching if cell.kind == "dispatcher" else workload
+        if cell.kind in ("dispatcher", "answering"):
+            bot_api = places.bot_api if cell.kind == "answering" else None
+            return await dispatching.measure(storage, cell.chats, cell.seconds, bot_api)
         mirror = CONTENDERS[cell.contender].mirror
         ours = cast(Any, storage)
         if mirror == "apart":
             await mirrors.wait_for_mirror(ours)
-        result = await module.measure(storage, cell.chats, cell.seconds)
+        result = await workload.measure(storage, cell.chats, cell.seconds)
         if mirror:
             result["behind"] = await mirrors.seconds_behind(ours)
         return result

@@ -15,6 +15,7 @@ class Places:
     postgres: str
     """The directory of PostgreSQL's unix socket."""
     redis: str
+    bot_api: str = ""
 
     @property
     def postgres_dsn(self) -> str:
@@ -88,7 +89,16 @@ _ALL = [
 
 CONTENDERS = {contender.name: contender for contender in _ALL}
 HANDLER_NAMES = list(CONTENDERS)
-DISPATCHER_NAMES = ["memory", "redis", "orm-sqlite", "ours-sqlite-states", "ours-postgres-states"]
+DISPATCHER_NAMES = [
+    "redis",
+    "orm-sqlite",
+    "ours-sqlite-off",
+    "ours-sqlite-states",
+    "memory",
+    "ours-postgres-states",
+    "ours-postgres-off",
+]
+ANSWERING_NAMES = ["redis", "ours-sqlite-states", "memory", "ours-postgres-states"]
 LOCK_NAMES = ["redis", "ours-redis-alone", "ours-sqlite-states", "ours-postgres-states"]
 QUICK_NAMES = ["redis", "ours-sqlite-states", "ours-postgres-states"]
 QUICK_DISPATCHER_NAMES = ["memory", "ours-sqlite-states"]

@@ -12,7 +12,7 @@ from aiogram.dispatcher.event.bases import UNHANDLED
 from aiogram.fsm.storage.base import BaseStorage
 from aiogram.types import Update
 
-from benchmarks.bot import CONVERSATION, make_bot, make_dispatcher
+from benchmarks.bot import CONVERSATION, answering, make_bot, make_dispatcher
 from benchmarks.plan import WARM_UP_SECONDS
 from benchmarks.workload import Reading
 
@@ -64,9 +64,18 @@ def _update(number: int, step: int, said: str) -> str:
     return json.dumps({"update_id": number * 100 + step, "message": message})
 
 
-async def measure(storage: BaseStorage, chats: int, seconds: float) -> dict[str, Any]:
-    """Return updates a second, and what one costs in processor time."""
-    traffic = Traffic(make_bot(), make_dispatcher(storage))
+async def measure(
+    storage: BaseStorage, chats: int, seconds: float, bot_api: str | None = None
+) -> dict[str, Any]:
+    """Return updates a second, and what one costs in processor time. With `bot_api`, each update is answered."""
+    dispatcher = make_dispatcher(storage)
+    if bot_api is not None:
+        dispatcher.message.middleware(answering)
+    async with make_bot(bot_api) as bot:
+        return await _measure(Traffic(bot, dispatcher), chats, seconds)
+
+
+async def _measure(traffic: Traffic, chats: int, seconds: float) -> dict[str, Any]:
     tasks = [asyncio.create_task(traffic.chat(number)) for number in range(chats)]
     await asyncio.sleep(WARM_UP_SECONDS)
     before = traffic.read()

@@ -44,8 +44,8 @@ def _statement(contender: str, field: str) -> Callable[[Results], Spread | None]
     return lambda results: results.spread("statement", contender, 1, field)
 
 
-def _dispatcher(contender: str) -> Callable[[Results], Spread | None]:
-    return lambda results: results.ratio("dispatcher", (contender, 64), ("memory", 64))
+def _dispatcher(contender: str, kind: str = "dispatcher") -> Callable[[Results], Spread | None]:
+    return lambda results: results.ratio(kind, (contender, 64), ("memory", 64))
 
 
 def _locks(contender: str) -> Callable[[Results], Spread | None]:
@@ -57,6 +57,7 @@ _LOCKS = "aiogram RedisEventIsolation"
 _C64 = "its own C=64"
 _BARE = "the bare statement"
 _MEMORY = "MemoryStorage's updates/s"
+_DATABASES = (("SQLite", "ours-sqlite"), ("PostgreSQL", "ours-postgres"))
 
 GOALS = [
     Goal("SQLite, C=64, history off", 4, 6, _REDIS, _to_redis("ours-sqlite-off", 64)),
@@ -102,8 +103,27 @@ GOALS = [
     Goal("Redis, C=512, no mirror", 6, 7, _REDIS, _to_redis("ours-redis-alone", 512)),
     Goal("Redis, C=512, mirror in another process", 4, 5, _REDIS, _to_redis("ours-redis-apart", 512)),
     Goal("Redis, C=512, mirror in the bot", 4, 5, _REDIS, _to_redis("ours-redis-mirrored", 512)),
-    Goal("a Dispatcher, C=64, SQLite", 0.9, 0.97, _MEMORY, _dispatcher("ours-sqlite-states")),
-    Goal("a Dispatcher, C=64, PostgreSQL", 0.9, 0.97, _MEMORY, _dispatcher("ours-postgres-states")),
+    *(
+        Goal(
+            f"a Dispatcher, C=64, {name}, history {history}",
+            0.9,
+            0.97,
+            _MEMORY,
+            _dispatcher(f"{ours}-{history}"),
+        )
+        for name, ours in _DATABASES
+        for history in ("off", "states")
+    ),
+    *(
+        Goal(
+            f"a Dispatcher whose handlers answer, C=64, {name}, history states",
+            0.9,
+            0.97,
+            _MEMORY,
+            _dispatcher(f"{ours}-states", "answering"),
+        )
+        for name, ours in _DATABASES
+    ),
     Goal("lock and unlock, C=64, Redis", 1, 3, _LOCKS, _locks("ours-redis-alone")),
     Goal("lock and unlock, C=64, SQLite", 1, 3, _LOCKS, _locks("ours-sqlite-states")),
     Goal("lock and unlock, C=64, PostgreSQL", 1, 3, _LOCKS, _locks("ours-postgres-states")),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.contenders import (
+    ANSWERING_NAMES,
     DISPATCHER_NAMES,
     HANDLER_NAMES,
     LOCK_NAMES,
@@ -14,7 +15,7 @@ from benchmarks.contenders import (
     QUICK_NAMES,
 )
 
-Kind = Literal["migrate", "handler", "dispatcher", "statement", "lock", "shared-lock"]
+Kind = Literal["migrate", "handler", "dispatcher", "answering", "statement", "lock", "shared-lock"]
 
 WARM_UP_SECONDS = 0.3
 """How long a cell works before it is measured."""
@@ -51,9 +52,10 @@ def cells_of_a_round(*, quick: bool, seconds: float, only: Sequence[str]) -> lis
     cells = [Cell("handler", name, count, seconds) for count in chats for name in names]
     cells += [Cell("statement", name, 1, seconds) for name in _STATEMENT_NAMES]
     dispatchers = QUICK_DISPATCHER_NAMES if quick else DISPATCHER_NAMES
-    cells += [
-        Cell("dispatcher", name, _DISPATCHER_CHATS, seconds * _DISPATCHER_TIMES) for name in dispatchers
-    ]
+    answering = [] if quick else ANSWERING_NAMES
+    long = seconds * _DISPATCHER_TIMES
+    cells += [Cell("dispatcher", name, _DISPATCHER_CHATS, long) for name in dispatchers]
+    cells += [Cell("answering", name, _DISPATCHER_CHATS, long) for name in answering]
     locks: tuple[Kind, ...] = ("lock",) if quick else ("lock", "shared-lock")
     cells += [Cell(kind, name, _LOCK_CHATS, seconds) for kind in locks for name in LOCK_NAMES]
     return [cell for cell in cells if not only or any(text in str(cell) for text in only)]

@@ -71,7 +71,12 @@ def _tables(results: Results) -> Iterator[tuple[str, Row, list[Row]]]:
         ("What it must reach", _GOAL_HEADER, _goal_rows(results)),
         *_handler_tables(results),
         ("One chat on PostgreSQL, beside the bare statement", _STATEMENT_HEADER, _statement_rows(results)),
-        ("A Dispatcher with handlers", _DISPATCHER_HEADER, _dispatcher_rows(results)),
+        ("A Dispatcher with handlers", _DISPATCHER_HEADER, _dispatcher_rows(results, "dispatcher")),
+        (
+            "A Dispatcher whose handlers answer",
+            _DISPATCHER_HEADER,
+            _dispatcher_rows(results, "answering"),
+        ),
         ("Lock and unlock, each time another key", _LOCK_HEADER, _lock_rows(results, "lock")),
         ("Lock and unlock, 8 keys in turn", _LOCK_HEADER, _lock_rows(results, "shared-lock")),
     ]
@@ -128,14 +133,14 @@ def _statement_rows(results: Results) -> list[Row]:
     return rows
 
 
-def _dispatcher_rows(results: Results) -> list[Row]:
+def _dispatcher_rows(results: Results, kind: str) -> list[Row]:
     rows = []
-    for chats in results.chats("dispatcher"):
+    for chats in results.chats(kind):
         for name, contender in CONTENDERS.items():
-            rate = results.spread("dispatcher", name, chats)
-            cost = results.spread("dispatcher", name, chats, "cpu_us")
+            rate = results.spread(kind, name, chats)
+            cost = results.spread(kind, name, chats, "cpu_us")
             if rate and cost:
-                ratio = results.ratio("dispatcher", (name, chats), ("memory", chats))
+                ratio = results.ratio(kind, (name, chats), ("memory", chats))
                 rows.append((contender.title, str(chats), *_rate(rate), _ratio(ratio), f"{cost.median:.0f}"))
     return rows
 

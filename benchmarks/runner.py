@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.contenders import CONTENDERS, Places
 from benchmarks.plan import Cell
 from benchmarks.results import Results
-from benchmarks.servers import Tables, postgres_server, redis_server
+from benchmarks.servers import Tables, bot_api_server, postgres_server, redis_server
 
 _PATIENCE_SECONDS = 60.0
 
@@ -30,8 +30,12 @@ def places() -> Iterator[Places]:
     """Start the servers, in a directory that goes away with them."""
     with tempfile.TemporaryDirectory(prefix="fsm_bench_") as name:
         directory = Path(name)
-        with postgres_server(directory / "postgres") as postgres, redis_server() as redis:
-            yield Places(directory / "bench.sqlite3", postgres, redis)
+        with (
+            postgres_server(directory / "postgres") as postgres,
+            redis_server() as redis,
+            bot_api_server() as bot_api,
+        ):
+            yield Places(directory / "bench.sqlite3", postgres, redis, bot_api)
 
 
 class Runner:

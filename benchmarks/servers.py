@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -30,6 +31,20 @@ def redis_server() -> Iterator[str]:
     try:
         _wait_for_port(port, process)
         yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        process.terminate()
+        process.wait(_START_SECONDS)
+
+
+@contextmanager
+def bot_api_server() -> Iterator[str]:
+    """Run the Bot API for handlers that answer, in a process of its own; give its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.bot_api"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
     finally:
         process.terminate()
         process.wait(_START_SECONDS)
