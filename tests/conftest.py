@@ -20,6 +20,7 @@ from asgiref.sync import sync_to_async
 from django.conf import settings as django_settings
 from django.db import connections
 
+from fsm_storage.backends.carrying import Carrier
 from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.conf import storages
 from fsm_storage.isolation import DjangoEventIsolation
@@ -131,21 +132,20 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(django_settings.TEST_DIR, ignore_errors=True)
 
 
-_opened: weakref.WeakSet[DjangoStorage] = weakref.WeakSet()
+_opened: weakref.WeakSet[Carrier] = weakref.WeakSet()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _note_opened_storages() -> Iterator[None]:
-    init = DjangoStorage.__init__
+    """Note what outlives a storage that nobody holds any more: its threads, and so its connections."""
+    init = Carrier.__init__
 
-    def noted(self: DjangoStorage, *args: Any, **kwargs: Any) -> None:
+    def noted(self: Carrier, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         _opened.add(self)
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(DjangoStorage, "__init__", noted)
-    # `inspect.signature` must go on seeing the options.
-    noted.__wrapped__ = init  # type: ignore[attr-defined]
+    patch.setattr(Carrier, "__init__", noted)
     yield
     patch.undo()
 
@@ -155,8 +155,8 @@ def _close_storages(_django_db_marker: None) -> Iterator[None]:
     """Close every storage of a test before its tables are flushed, or the worker's connection is in the way."""
     yield
     storages.close_all()
-    for storage in list(_opened):
-        storage.shut()
+    for carrier in list(_opened):
+        carrier.shut()
     _opened.clear()
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from aiogram.fsm.storage.base import StorageKey
 
-from fsm_storage.codec import outside_strings
+from fsm_storage.codec import outside_strings, too_long
 from fsm_storage.dialects import (
     LAST_VERSION,
     LOCKED,
@@ -307,7 +307,7 @@ def _lone(write: Write, scope: Scope, *, returns_old: bool) -> Statement | None:
 
 
 def _reply(write: Write, row: tuple[Any, ...]) -> WriteReply:
-    _, found, version, is_lost, is_stale, is_corrupt, is_nothing, data, *told = row
+    _, found, version, is_lost, is_stale, is_corrupt, excess, is_nothing, data, *told = row
     if version is not None:
         return Written(version, data, change=_change(*told) if told else None)
     if is_lost and write.fence is not None:
@@ -317,6 +317,8 @@ def _reply(write: Write, row: tuple[Any, ...]) -> WriteReply:
         return VersionConflict(write.key, expected, found)
     if is_corrupt:
         return CorruptData(write.key, "no JSON object")
+    if excess is not None:
+        return too_long(excess, write.key)
     if is_nothing:
         return Written(None, data)
     return LOCKED

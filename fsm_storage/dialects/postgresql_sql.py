@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from fsm_storage.codec import MAX_DEPTH
+from fsm_storage.codec import MAX_DEPTH, MAX_LENGTH
 from fsm_storage.dialects import TOGETHER
 
 READ_STATES = """
@@ -69,6 +69,21 @@ READABLE = f"""
     )
 """
 
+# A text has at most eight characters for a byte of jsonb, so only what is large needs to be written out.
+_MAY_BE_LONG = f"pg_column_size({{data}}) > {MAX_LENGTH // 8}"
+# Nor may the result become longer than what may be written as a whole. Here there is a space after each comma
+# and colon, which makes a text half as long again at the most.
+_MAX_LENGTH = MAX_LENGTH * 3 // 2
+MAY_MERGE = f"""
+    CASE
+        WHEN NOT ({READABLE.format(data="r.data")}) THEN false
+        WHEN pg_column_size(r.data) + pg_column_size(excluded.data) < 1900 THEN true
+        WHEN {_MAY_BE_LONG.format(data="(r.data || excluded.data)")}
+            THEN length((r.data || excluded.data)::text) <= {_MAX_LENGTH}
+        ELSE true
+    END
+"""
+
 # `old` locks the rows in the order of their keys; whoever locks in one order cannot deadlock.
 # A row that is locked is skipped, and then looks as if it were missing; NOT EXISTS keeps the insert
 # away from it, which would wait. The write is answered with LOCKED and tried again later. The same
@@ -102,6 +117,9 @@ WITH input AS (
 ), new AS (
     SELECT *,
         new_data IS NULL AS is_corrupt,
+        CASE WHEN over IS NOT NULL AND id IS NOT NULL AND {may_be_long} THEN
+            nullif(greatest(length(new_data::text), {max_length}), {max_length})
+        END AS excess,
         id IS NULL AND new_state IS NULL AND new_data = '{{}}'{untraced} AS is_nothing,
         CASE
             WHEN NOT touches_state THEN state_expires_at
@@ -122,7 +140,7 @@ WITH input AS (
         data = CASE WHEN n.touches_data THEN n.new_data ELSE r.data END,
         data_expires_at = n.new_data_expires_at,
         version = {next_version}, updated_at = {at}
-    FROM new n WHERE r.id = n.id AND NOT n.is_stale AND NOT n.is_corrupt
+    FROM new n WHERE r.id = n.id AND NOT n.is_stale AND NOT n.is_corrupt AND n.excess IS NULL
     RETURNING r.key, r.version
 ), inserted AS (
     INSERT INTO fsm_storage_record (alias, {key_columns}, state, data, state_expires_at, data_expires_at,
@@ -136,8 +154,8 @@ WITH input AS (
 ), done AS (
     SELECT key, version FROM updated UNION ALL SELECT key, version FROM inserted
 ){history}
-SELECT n.key, n.version, d.version, n.is_lost, n.is_stale, n.is_corrupt, n.is_nothing,
-    CASE WHEN n.over IS NOT NULL THEN n.new_data::text END{told}
+SELECT n.key, n.version, d.version, n.is_lost, n.is_stale, n.is_corrupt, n.excess, n.is_nothing,
+    CASE WHEN n.over IS NOT NULL AND n.excess IS NULL THEN n.new_data::text END{told}
 FROM new n LEFT JOIN done d ON d.key = n.key{old_too}
 """
 _LIVE = """,
@@ -280,6 +298,8 @@ def write(
         singles=singles,
         key_columns=KEY_COLUMNS,
         readable=READABLE.format(data=when["live_data"]),
+        may_be_long=_MAY_BE_LONG.format(data="new_data"),
+        max_length=_MAX_LENGTH,
         skip="" if wait else "SKIP LOCKED",
         limit="" if wait else f"{_LOCK_LIMIT}, ",
         not_skipped="" if wait else _NOT_SKIPPED,
@@ -325,7 +345,7 @@ LONE_MERGE = (
     data_expires_at = excluded.data_expires_at""",
     )
     + "WHERE "
-    + READABLE.format(data="r.data")
+    + MAY_MERGE
 )
 LONE_RETURNING = "RETURNING r.version"
 LONE_MERGE_RETURNING = "RETURNING r.version, r.data::text"

@@ -10,7 +10,7 @@ from collections.abc import Container, Sequence
 from functools import cache
 
 from fsm_storage.dialects import Scope, Statement, Write
-from fsm_storage.dialects.postgresql_sql import KEY_COLUMNS, LONE_STATE, READABLE
+from fsm_storage.dialects.postgresql_sql import KEY_COLUMNS, LONE_STATE, MAY_MERGE
 from fsm_storage.patches import EMPTY, KEEP
 
 SETS_STATE, REPLACES, MERGES, MAKES = 1, 2, 4, 8
@@ -56,7 +56,7 @@ ON CONFLICT (alias, key) DO UPDATE SET
         ELSE r.data_expires_at
     END,
     version = r.version + 1, updated_at = excluded.updated_at
-WHERE {_HAS}{MERGES} = 0 OR {_IS_GONE} OR ({READABLE.format(data="r.data")})
+WHERE {_HAS}{MERGES} = 0 OR {_IS_GONE} OR ({MAY_MERGE})
 """
 _MERGED = "CASE WHEN r.key = ANY(%(merged)s::text[]) THEN r.data::text END"
 _RETURNING = f"RETURNING r.key, r.version, {_MERGED}"

@@ -86,7 +86,7 @@ class Work:
                 write.patch, old, self._now(write),
                 fold=self._fold, state_ttl=write.state_ttl, data_ttl=write.data_ttl,
             )  # fmt: skip
-        except CorruptData as error:
+        except (CorruptData, InvalidData) as error:
             return error
         merged = self._merged
         leaves_trace = write.as_of is not None and write.as_of.leaves_trace

@@ -23,7 +23,7 @@ FORMAT = 1
 BEGINNING = b'{"format": 1, "type": "'
 PAGE = 200
 MAX_LINE = 32 * 1024 * 1024
-"""Bytes. Data may take 4 Mi characters, a character up to six bytes, and a transition has two of them."""
+"""Bytes. Data may take 1 Mi characters, a character up to twelve bytes, and a transition has two of them."""
 
 KEY = ("bot_id", "chat_id", "user_id", "thread_id", "business_connection_id", "destiny")
 CONVERSATION = (

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fsm_storage import DjangoStorage
+from fsm_storage.codec import MAX_LENGTH
 from fsm_storage.exceptions import CorruptData, InvalidData, InvalidKey, InvalidKeyType, InvalidState
 from tests.conftest import MARIADB
 from tests.rows import data_as_text, execute, in_thread, record, records
@@ -112,6 +113,30 @@ async def test_nesting_of_500_levels(storage: DjangoStorage) -> None:
         while deep:
             deep = deep.pop()
     assert await storage.get_data(chat(1)) == {**data, "other": 1}
+
+
+@pytest.mark.parametrize("history", ["off", "states", "full"])
+async def test_merges_grow_no_longer_than_what_may_be_written(make_storage: Make, history: str) -> None:
+    """Alone or in a batch; the rest of the batch is done, and what is there can be written back as it is."""
+    storage = make_storage(history=history)
+    piece = "x" * (MAX_LENGTH * 4 // 9)
+    for number in range(2):
+        await storage.update_data(chat(1), {f"piece {number}": piece})
+    before = await storage.get_data(chat(1))
+    too_long = rf"data of '1:1:1' .* takes 18\d{{5}} characters of JSON, over the limit of {MAX_LENGTH}"
+    with pytest.raises(InvalidData, match=too_long):
+        await storage.update_data(chat(1), {"both": piece * 2})
+    *done, refused = await asyncio.gather(
+        *(storage.update_data(chat(number), {"small": 1}) for number in range(2, 6)),
+        storage.update_data(chat(1), {"both": piece * 2}),
+        return_exceptions=True,
+    )
+    assert done == [{"small": 1}] * 4
+    assert isinstance(refused, InvalidData)
+    assert await storage.get_data(chat(1)) == before
+    await storage.set_data(chat(1), before)
+    await storage.update_data(chat(1), {"piece 0": "short", "piece 1": "short"})
+    assert len(await storage.update_data(chat(1), {"both": piece * 2})) == 3
 
 
 async def test_keys_that_are_no_strings_become_what_json_makes_of_them(storage: DjangoStorage) -> None:
@@ -400,15 +425,20 @@ async def test_deep_data_is_read_whole_or_is_a_clear_error(
 async def test_data_that_no_packet_holds_is_refused_by_name_and_alone(
     make_storage: Make, database: str, history: str
 ) -> None:
-    """Four million characters of four bytes each are as much as the server takes, and then there is the rest."""
-    storage = make_storage(history=history, timeout=30)
-    await storage.set_data(chat(0), {"old": 0})
-    large = {"text": "\U0001f600" * 4_190_000}
-    refused, *kept = await asyncio.gather(
-        storage.set_data(chat(0), large),
-        *(storage.set_data(chat(n), {"text": "x" * 1_500_000, "n": n}) for n in range(1, 15)),
-        return_exceptions=True,
-    )
+    """A million characters of four bytes each are as much as the server takes, and then there is the rest."""
+    [(usual,)] = await in_thread(execute, database, "SELECT @@GLOBAL.max_allowed_packet")
+    await in_thread(execute, database, f"SET GLOBAL max_allowed_packet = {4 * 1024 * 1024}")
+    try:
+        storage = make_storage(history=history, timeout=30)
+        await storage.set_data(chat(0), {"old": 0})
+        large = {"text": "\U0001f600" * 1_048_000}
+        refused, *kept = await asyncio.gather(
+            storage.set_data(chat(0), large),
+            *(storage.set_data(chat(n), {"text": "x" * 400_000, "n": n}) for n in range(1, 15)),
+            return_exceptions=True,
+        )
+    finally:
+        await in_thread(execute, database, f"SET GLOBAL max_allowed_packet = {usual}")
     assert isinstance(refused, InvalidData)
     assert "max_allowed_packet" in str(refused)
     assert kept == [None] * 14  # together more than a packet

@@ -13,6 +13,7 @@ import redis
 from aiogram.fsm.storage.base import StorageKey
 
 from fsm_storage import RedisStorage
+from fsm_storage.codec import MAX_LENGTH
 from fsm_storage.exceptions import InvalidData, StorageTimeout
 from tests.redis.conftest import Make
 from tests.redis.proxy import Proxy
@@ -168,7 +169,7 @@ async def test_a_follower_that_is_cancelled_as_its_turn_comes_passes_it_on(
 
 
 async def test_one_merge_too_large_fails_alone(storage: RedisStorage, key: StorageKey) -> None:
-    half = "x" * (2 * 1024 * 1024 + 10)
+    half = "x" * (MAX_LENGTH // 2 + 10)
     small, first, second, last = await asyncio.gather(
         storage.update_data(key, {"small": 1}),
         storage.update_data(key, {"one": half}),

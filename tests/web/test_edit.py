@@ -186,7 +186,7 @@ def test_more_than_the_storage_takes_is_a_form_error(agent, make_record, setting
     record = make_record(state="Order:item", data={"a": 1})
     response = save(agent, record, data_json='{"a": "' + "x" * 10_000_000 + '"}')
     assert response.status_code == 200
-    assert "and at most 4194304 fit" in html_of(response)
+    assert "and at most 1048576 fit" in html_of(response)
     assert fresh(record).version == record.version
 
 
