@@ -146,10 +146,13 @@ class Batcher(Generic[Op, Reply]):
 
     async def close(self) -> None:
         """Finish what was accepted, for as long as the timeout, and refuse what comes later."""
-        thread = self.shut()
+        deadline = _now() + self._timeout
+        self.shut()
         await self.settle()
+        thread = self.shut()  # it may have been started meanwhile
         if thread is not None:
-            await asyncio.get_running_loop().run_in_executor(None, thread.join, self._timeout)
+            left = max(0.0, deadline - _now())
+            await asyncio.get_running_loop().run_in_executor(None, thread.join, left)
 
     def shut(self) -> threading.Thread | None:
         """Refuse what comes later; return the thread that is finishing, if there is one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -158,3 +159,12 @@ def _settings_changed(*, setting: str, **_: Any) -> None:
 
 
 setting_changed.connect(_settings_changed, dispatch_uid="fsm_storage")
+
+
+def _start_anew() -> None:
+    """In the child of a fork: the thread that held the lock is not there."""
+    storages._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)

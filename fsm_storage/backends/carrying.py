@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Any
 
@@ -34,6 +36,7 @@ class Carrier:
         self._writes: Sequence[Batcher[Operation, Any]] = ()
         self._starting = threading.Lock()
         self.closed = False
+        _carriers.add(self)
 
     def read(self, read: Read) -> Awaitable[Any]:
         return (self._reads or self._start()[0]).ask(read)
@@ -48,14 +51,16 @@ class Carrier:
 
     async def close(self) -> None:
         """Finish what was accepted, for `timeout` seconds at the most, and refuse what comes later."""
-        threads = self._shut_all()
+        deadline = time.monotonic() + self._timeout
+        self._shut_all()
         await asyncio.gather(*(batcher.settle() for batcher in self._batchers))
+        threads = self._shut_all()  # some may have been started meanwhile
         if threads:
-            await asyncio.get_running_loop().run_in_executor(None, self._join, threads)
+            await asyncio.get_running_loop().run_in_executor(None, _join, threads, deadline)
 
     def shut(self) -> None:
         """Do what `close()` does, from synchronous code."""
-        self._join(self._shut_all())
+        _join(self._shut_all(), time.monotonic() + self._timeout)
 
     def _shut_all(self) -> list[threading.Thread]:
         self.closed = True
@@ -64,12 +69,6 @@ class Carrier:
     @property
     def _batchers(self) -> Sequence[Batcher[Operation, Any]]:
         return list(dict.fromkeys(batcher for batcher in (self._reads, *self._writes) if batcher))
-
-    def _join(self, threads: Sequence[threading.Thread]) -> None:
-        deadline = time.monotonic() + self._timeout
-        for thread in threads:
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _start(self) -> tuple[Batcher[Operation, Any], Sequence[Batcher[Operation, Any]]]:
         """Make the batchers, at the first operation: settings are not read earlier."""
@@ -149,9 +148,28 @@ class Carrier:
         return self._telling if signals.is_heard() else self._scope
 
 
+def _join(threads: Sequence[threading.Thread], deadline: float) -> None:
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
 def _collision_key(op: Operation) -> Hashable | None:
     """Return what at most one operation of a batch may have; reads never collide."""
     kind = type(op)
     if kind is Write:
         return op.key
     return None if kind is Read else (kind, op.key)
+
+
+_carriers: weakref.WeakSet[Carrier] = weakref.WeakSet()
+
+
+def _start_anew() -> None:
+    """In the child of a fork: the thread that held the lock is not there."""
+    for carrier in list(_carriers):
+        carrier._starting = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)

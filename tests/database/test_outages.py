@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import psutil
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from django.db import connections
@@ -124,6 +125,27 @@ async def test_the_first_write_after_a_restart_works(
         assert await storage.update_data(chat(0), {"b": 1}) == {"a": 1, "b": 1}
         assert await storage.get_state(chat(0)) == "before"
     await storage.close()
+
+
+@pytest.mark.parametrize("own_server", ["postgres"], indirect=True)
+async def test_closing_waits_no_longer_than_the_timeout(own_database: str, own_server: Postgres) -> None:
+    storage = DjangoStorage(own_database, database=own_database, timeout=TIMEOUT)
+    await asyncio.gather(*(storage.set_state(chat(n), "before") for n in range(20)))
+    server = psutil.Process(own_server.pid)
+    processes = [server, *server.children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    try:
+        writes = [asyncio.create_task(storage.set_state(chat(n), "after")) for n in range(20)]
+        await asyncio.sleep(0.05)
+        began = time.monotonic()
+        await storage.close()
+        assert time.monotonic() - began < 1.6 * TIMEOUT
+    finally:
+        for process in processes:
+            process.resume()
+    for outcome in await asyncio.gather(*writes, return_exceptions=True):
+        assert outcome is None or isinstance(outcome, CLEAR)
 
 
 @pytest.mark.parametrize("own_server", ["postgres"], indirect=True)

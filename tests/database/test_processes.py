@@ -91,6 +91,13 @@ def test_a_storage_works_on_both_sides_of_a_fork(database: str, launcher: Launch
     assert lines(notes) == [["before"], ["before", "child"], ["before", "child", "parent"]]
 
 
+def test_a_fork_leaves_no_lock_of_another_thread_behind(
+    database: str, launcher: Launcher, notes: Path
+) -> None:
+    assert launcher.wait(launcher.start("fork_while_a_thread_starts", database, str(notes))) == 0
+    assert lines(notes) == [["child"]]
+
+
 @pytest.mark.django_db(transaction=True, databases=list(settings.DATABASES), available_apps=["fsm_storage"])
 def test_a_process_ends_by_itself_with_storages_left_open() -> None:
     """The worker threads do not keep the interpreter from ending."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import signal
+import threading
 import time
 import warnings
+from typing import Any
 
 from aiogram import Bot
 from aiogram.fsm.storage.base import StorageKey
 
-from fsm_storage import DjangoStorage, Expired, Expiry, LeaseLost
+from fsm_storage import DjangoStorage, Expired, Expiry, LeaseLost, storages
 from fsm_storage.exceptions import StorageTimeout
 from fsm_storage.leases import LeaseKeeper
 from fsm_storage.lifecycle import runner
@@ -98,6 +101,41 @@ def fork_after_use(database: str, path: str) -> None:
     asyncio.run(add("before"))
     pid = os.fork()
     asyncio.run(add("parent" if _is_parent(pid) else "child"))
+
+
+def fork_while_a_thread_starts(database: str, path: str) -> None:
+    """Fork while other threads hold the locks under which a storage is made, and makes its batchers."""
+    note = notes(path)
+    warnings.simplefilter("ignore", DeprecationWarning)  # of os.fork() in a process with threads
+    storage = storages[database] = DjangoStorage(database, database=database)
+    may_end = threading.Event()
+
+    def hold(lock: Any) -> threading.Thread:
+        held = threading.Event()
+
+        def run() -> None:
+            with lock:
+                held.set()
+                may_end.wait()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        held.wait()
+        return thread
+
+    threads = [hold(lock) for lock in (storage._carrier._starting, storages._lock)]
+    pid = os.fork()
+    if not pid:
+        signal.alarm(20)
+        asyncio.run(storage.set_state(key_of(1), "child"))
+        del storages[database]
+        assert storages["default"] is not None
+        note("child")
+        os._exit(0)
+    may_end.set()
+    for thread in threads:
+        thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def _is_parent(pid: int) -> bool:
