@@ -72,7 +72,7 @@ class Codec:
         comes through.
         """
         if not isinstance(data, dict):
-            raise DataNotDictLikeError(f"Data must be a dict or dict-like object, got {type(data).__name__}")
+            raise DataNotDictLikeError(f"data of {key!r} must be a dict, not {type(data).__name__}")
         if not data:
             return EMPTY
         try:

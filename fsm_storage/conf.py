@@ -75,10 +75,14 @@ class StorageHandler(BaseConnectionHandler):  # type: ignore[type-arg] # generic
 
     def create_connection(self, alias: str) -> BaseStorage:
         """Make the storage of `alias`. Raises `InvalidStorageError`, which names what is wrong."""
+        from aiogram.fsm.storage.base import BaseStorage
+
         backend, options = self.configured(alias)
+        if not issubclass(backend, BaseStorage):
+            raise InvalidStorageError(f"FSM_STORAGES[{alias!r}]['BACKEND'] is no aiogram storage")
         arguments = {**options, "alias": alias} if takes_alias(backend) else options
         try:
-            return cast("BaseStorage", backend(**arguments))
+            return backend(**arguments)
         except TypeError as error:
             raise InvalidStorageError(f"FSM_STORAGES[{alias!r}]: {error}") from error
 

@@ -34,7 +34,11 @@ def record_key(key: StorageKey, builder: KeyBuilder | None) -> str:
     ):  # fmt: skip
         return f"{bot}:{chat}:{user}"  # nearly always, and the rest would find nothing wrong with it
     check_key(key)
-    text = (builder or _OURS).build(key)
+    try:
+        text = (builder or _OURS).build(key)
+    except ValueError as error:  # aiogram's own refuses the keys that it is not configured for
+        reason = f"is refused by {type(builder).__name__}: {' '.join(str(error).split())}"
+        raise InvalidKey("text", _OURS.build(key), reason) from error
     check_key_text(text)
     return text
 

@@ -88,7 +88,7 @@ class DjangoStorage(MovesChats, BaseStorage):
         checked_options(
             alias,
             {
-                "key_builder": key_builder, "state_ttl": state_ttl, "data_ttl": data_ttl,
+                "database": database, "key_builder": key_builder, "state_ttl": state_ttl, "data_ttl": data_ttl,
                 "json_loads": json_loads, "json_dumps": json_dumps, "history": history,
                 "timeout": timeout, "max_pending": max_pending, "batch_size": batch_size,
                 "in_transaction": in_transaction, "expiry": expiry,

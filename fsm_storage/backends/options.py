@@ -65,7 +65,7 @@ def loaded(option: Any, *, called: bool = False) -> Any:
 
 
 OLDEST_SQLITE = (3, 35, 0)  # UPDATE … FROM is of 3.33, RETURNING of 3.35
-_CODES = {"state_ttl": "E004", "data_ttl": "E004"}
+_CODES = {"state_ttl": "E004", "data_ttl": "E004", "database": "E005"}
 
 
 def _problems(alias: object, options: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -135,6 +135,10 @@ def _mirror(value: Any) -> str | None:
     return f"must be True, False or 'apart', not {value!r}"
 
 
+def _database(value: Any) -> str | None:
+    return None if isinstance(value, str) else f"must be an alias of DATABASES, not {value!r}"
+
+
 def _flag(value: Any) -> str | None:
     return None if isinstance(value, bool) else f"must be True or False, not {value!r}"
 
@@ -147,6 +151,7 @@ def _expiry(value: Any) -> str | None:
 
 
 _RULES: dict[str, Callable[[Any], str | None]] = {
+    "database": _database,
     "key_builder": _key_builder,
     "state_ttl": _ttl,
     "data_ttl": _ttl,
@@ -162,6 +167,7 @@ _RULES: dict[str, Callable[[Any], str | None]] = {
     "expiry": _expiry,
 }
 _HINTS = {
+    "database": "The default is 'default'.",
     "state_ttl": "For example timedelta(days=2), or None to keep the state for ever.",
     "data_ttl": "For example timedelta(days=2), or None to keep the data for ever.",
     "history": "'states' writes a row for each change of state.",
@@ -183,6 +189,8 @@ def _check_expiry(where: str, path: Any) -> Iterator[CheckMessage]:
 
 
 def check_database(where: str, database: Any) -> list[CheckMessage]:
+    if not isinstance(database, str):  # which another check says
+        return []
     if database not in connections:
         return [
             Error(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from django.apps import apps
 from django.core.exceptions import AppRegistryNotReady
@@ -25,6 +25,7 @@ from django.db import (
 )
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from fsm_storage.backends.options import check_database
 from fsm_storage.backends.unit import Unit
 from fsm_storage.dialects import (
     LOCKED,
@@ -82,12 +83,11 @@ class Session:
                     "a DjangoStorage was used before Django was set up: call django.setup() first, "
                     "with DJANGO_SETTINGS_MODULE in the environment"
                 )
-            vendor = connections[self.database].vendor
-            self._dialect = dialect_for(vendor)
-            if self._dialect is None:
-                raise InvalidStorageError(
-                    f"database {self.database!r} is {vendor}, which DjangoStorage cannot use"
-                )
+            # A bot that manage.py did not start has not seen the system checks.
+            for flaw in check_database("DjangoStorage", self.database):
+                if flaw.is_serious():
+                    raise InvalidStorageError(f"{flaw.msg} {flaw.hint}")
+            self._dialect = cast(Dialect, dialect_for(connections[self.database].vendor))
         return self._dialect
 
     def read(self, reads: Sequence[Read], scope: Scope, deadline: float) -> Sequence[ReadReply]:

@@ -132,8 +132,8 @@ def test_keys_of_several_types_are_kept_as_json_does_when_no_two_meet():
 
 @pytest.mark.parametrize("value", [[1], (), None, "text", {1}])
 def test_what_is_no_dict_is_refused_as_aiogram_does(value):
-    with pytest.raises(DataNotDictLikeError):
-        CODEC.encode(value, "key")
+    with pytest.raises(DataNotDictLikeError, match="data of '42:1:1' must be a dict, not"):
+        CODEC.encode(value, "42:1:1")
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "1", '"a"', "{", "", "\ufeff{}", "[" * 100_000])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from aiogram.fsm.storage.base import DEFAULT_DESTINY, StorageKey
+from aiogram.fsm.storage.base import DEFAULT_DESTINY, DefaultKeyBuilder, StorageKey
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fsm_storage.exceptions import InvalidKey, InvalidKeyType
-from fsm_storage.keys import MAX_KEY_LENGTH, RecordKeyBuilder, check_key, check_key_text
+from fsm_storage.keys import MAX_KEY_LENGTH, RecordKeyBuilder, check_key, check_key_text, record_key
 
 build = RecordKeyBuilder().build
 
@@ -109,6 +109,14 @@ def test_a_text_can_be_kept(part: str, value: str) -> None:
 def test_a_text_is_a_text(part: str, value: Any) -> None:
     with pytest.raises(InvalidKeyType, match=part):
         check_key(StorageKey(**{"bot_id": 1, "chat_id": 2, "user_id": 3, part: value}))
+
+
+def test_a_key_that_a_builder_refuses_is_named() -> None:
+    key = StorageKey(1, 2, 3, destiny="other")
+    with pytest.raises(
+        InvalidKey, match=r"text='1:2:3:::other' .* is refused by DefaultKeyBuilder: .*destiny"
+    ):
+        record_key(key, DefaultKeyBuilder())
 
 
 def test_what_a_builder_made_has_a_limit() -> None:

@@ -106,6 +106,7 @@ def test_overriding_the_setting_makes_new_storages_and_closes_the_old() -> None:
         (one(DJANGO, flavour="hot"), "flavour"),
         (one(OWN, state_ttl=5), "state_ttl"),
         (one(state_ttl=-1), "state_ttl"),
+        (one(NONE), "is no aiogram storage"),
     ],
 )
 def test_a_wrong_setting_is_named_when_the_storage_is_asked_for(setting: Any, words: str) -> None:
@@ -124,6 +125,7 @@ WRONG_OPTIONS: list[tuple[str, Any]] = [
     *(("history", value) for value in ("all", None, True, "OFF", [])),
     *(("timeout", value) for value in (0, -1, math.nan, math.inf, True, "5", None, 1e9)),
     *((name, value) for name in ("max_pending", "batch_size") for value in (0, -1, 1.5, True, "5", None)),
+    *(("database", value) for value in (None, 5, ["default"])),
     *(("key_builder", value) for value in (5, object, DefaultKeyBuilder, "nowhere.Builder", NONE)),
     *((name, value) for name in ("json_loads", "json_dumps") for value in (5, "nowhere.loads", "json.__name__")),
 ]  # fmt: skip
@@ -137,7 +139,8 @@ def test_a_wrong_option_is_refused_by_constructor_and_check(name: str, value: An
     assert len(found) == 1
     assert name in found[0].msg
     assert found[0].hint
-    assert found[0].id == ("fsm_storage.E004" if name.endswith("ttl") else "fsm_storage.E007")
+    codes = {"state_ttl": "E004", "data_ttl": "E004", "database": "E005"}
+    assert found[0].id == f"fsm_storage.{codes.get(name, 'E007')}"
 
 
 @pytest.mark.parametrize(
@@ -219,12 +222,20 @@ def test_a_database_that_has_no_dialect_is_an_error(monkeypatch: pytest.MonkeyPa
     assert "oracle" in found[0].msg
 
 
-async def test_a_database_that_has_no_dialect_is_an_error_at_the_first_call(
+async def test_a_database_of_no_use_is_an_error_at_the_first_call_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A bot that `manage.py` did not start has not seen the checks."""
+    key = StorageKey(1, 2, 3)
+    with pytest.raises(InvalidStorageError, match=r"'nope' is not in DATABASES\. It has default"):
+        await DjangoStorage(database="nope").get_state(key)
+    with monkeypatch.context() as patch:
+        patch.setitem(connections["default"].settings_dict, "TIME_ZONE", "Europe/Berlin")
+        with pytest.raises(InvalidStorageError, match="UTC"):
+            await DjangoStorage().get_state(key)
     monkeypatch.setattr(type(connections["default"]), "vendor", "oracle")
     with pytest.raises(InvalidStorageError, match="oracle"):
-        await DjangoStorage().get_state(StorageKey(1, 2, 3))
+        await DjangoStorage().get_state(key)
 
 
 @pytest.mark.parametrize(
