@@ -43,6 +43,10 @@ class TransitionAdmin(Base):
     class Media:
         css = {"all": STYLES}
 
+    def has_view_permission(self, request: HttpRequest, obj: FSMTransition | None = None) -> bool:
+        """Whoever may not see conversations does not see their keys, states and people here either."""
+        return super().has_view_permission(request, obj) and rights_of(request.user).view
+
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
 

@@ -143,6 +143,18 @@ def test_transitions_can_only_be_read(admin_client, as_user, record):
     assert 'name="action"' not in html
 
 
+def test_transitions_need_the_permission_to_see_conversations_too(as_user, record):
+    step = FSMTransition.objects.create(
+        alias="default", key=record.key, bot_id=1, chat_id=1, user_id=1, to_state="Order:item", actor="anna"
+    )
+    pages = [TRANSITIONS, f"{TRANSITIONS}{step.pk}/change/", f"{TRANSITIONS}{step.pk}/history/"]
+    alone, both = as_user("view_fsmtransition"), as_user("view_fsmrecord", "view_fsmtransition")
+    for page in pages:
+        assert alone.get(page).status_code == 403
+        assert both.get(page).status_code == 200
+    assert "fsmtransition" not in html_of(alone.get("/admin/"))
+
+
 def test_the_link_to_all_transitions_needs_their_permission(as_user, record):
     FSMTransition.objects.bulk_create(
         FSMTransition(alias="default", key=record.key, bot_id=1, chat_id=1, user_id=1) for _ in range(51)
