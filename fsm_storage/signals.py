@@ -137,6 +137,16 @@ def announce(sender: type, alias: str, writes: Sequence[Write], replies: Sequenc
             tell(sender, News(alias, write.parts, write.key, reply.version, cause, reply.change))
 
 
+def announce_deleted(
+    sender: type, alias: str, writes: Sequence[Write], replies: Sequence[Any], cause: Cause
+) -> None:
+    """Hint at records that were cleared and are gone, and tell what the clearing has changed."""
+    hint(alias, [(write.key, None) for write in writes])
+    for write, reply in zip(writes, replies, strict=True):
+        if isinstance(reply, Written) and reply.change is not None:
+            tell(sender, News(alias, write.parts, write.key, None, cause, reply.change))
+
+
 def announce_lapsed(sender: type, alias: str, lapsed: Sequence[Lapsed]) -> None:
     """Hint at and tell what a sweep has cleared: nothing else has changed."""
     hint(alias, [(one.key, one.version) for one in lapsed])

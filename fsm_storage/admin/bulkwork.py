@@ -17,6 +17,7 @@ from fsm_storage.admin.bulk import ACTIONS, UNDO, Action, Impossible, effective,
 from fsm_storage.admin.errors import told
 from fsm_storage.admin.forms import Changes
 from fsm_storage.admin.log import logged, noted
+from fsm_storage.admin.timelimit import lock_limit
 from fsm_storage.conf import storages
 from fsm_storage.exceptions import FSMStorageError, StorageTimeout, StorageUnavailable, VersionConflict
 from fsm_storage.models import FSMBulk, FSMBulkItem, FSMRecord, UtcNow
@@ -158,7 +159,8 @@ class Worker:
     def _change(self, tasks: list[Task]) -> None:
         try:
             with transaction.atomic(using=self.database):
-                self._claim([task.item for task in tasks])
+                with lock_limit(tasks[0].record.alias):
+                    self._claim([task.item for task in tasks])
                 self._write(tasks)
         except _Taken:
             return
@@ -169,22 +171,25 @@ class Worker:
                 for task in tasks:
                     self._change([task])
             elif isinstance(error, VersionConflict):
-                self._change_again(tasks[0].item)
+                self._change_again(tasks[0])
             else:
                 _settle(tasks[0].item, Verdict(Outcome.FAILED, told(error)))
 
-    def _change_again(self, item: FSMBulkItem) -> None:
+    def _change_again(self, task: Task) -> None:
         """Do one that the bot was quicker with: read under its lock, so that it cannot move on once more.
 
         Where the lock does not hold (a mirrored record, another database) the version still counts.
         """
+        item = task.item
         try:
             with transaction.atomic(using=self.database):
-                self._claim([item])  # on SQLite, this locks the records too
-                records = FSMRecord.objects.with_clock().filter(pk=item.record_id)
-                if router.db_for_write(FSMRecord) == self.database:
-                    records = records.using(self.database).select_for_update()
-                verdict = self._judge(item, records.first())
+                with lock_limit(task.record.alias):
+                    self._claim([item])  # on SQLite, this locks the records too
+                    records = FSMRecord.objects.with_clock().filter(pk=item.record_id)
+                    if router.db_for_write(FSMRecord) == self.database:
+                        records = records.using(self.database).select_for_update()
+                    record = records.first()
+                verdict = self._judge(item, record)
                 if isinstance(verdict, Verdict):
                     raise _Settled(verdict)
                 self._write([verdict])

@@ -19,6 +19,7 @@ from django.utils.translation import gettext as _
 
 from fsm_storage.admin.comparing import data_changes
 from fsm_storage.admin.forms import Changes
+from fsm_storage.admin.timelimit import lock_limit
 from fsm_storage.durations import in_words
 from fsm_storage.models import FSMRecord, FSMTransition
 from fsm_storage.patches import KEEP
@@ -31,7 +32,7 @@ Note = dict[str, Any]
 
 @contextmanager
 def logged(user: Any, notes: Sequence[tuple[FSMRecord, Note]]) -> Iterator[None]:
-    """Log changes that the block makes, or nothing if it raises.
+    """Log changes that the block makes to records of one storage, or nothing if it raises.
 
     The entries go first: so the transaction begins with a write, and on SQLite, whose deferred
     transactions cannot pass from reading to writing while a bot writes, it waits for its turn.
@@ -51,7 +52,8 @@ def logged(user: Any, notes: Sequence[tuple[FSMRecord, Note]]) -> Iterator[None]
             for record, note in notes
         )
         newest = FSMTransition.objects.order_by("-id").values_list("id", flat=True).first() or 0
-        yield
+        with lock_limit(notes[0][0].alias):
+            yield
         _link(entries, notes, newest)
 
 

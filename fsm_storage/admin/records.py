@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from django.contrib import admin, messages
 from django.core.paginator import Paginator
-from django.db import transaction
 from django.db.models import QuerySet
 from django.http import HttpRequest
 from django.utils.html import format_html, format_html_join
@@ -15,10 +13,10 @@ from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 
-from fsm_storage import signals
 from fsm_storage.admin import filters
 from fsm_storage.admin.actions import ActionsMixin
 from fsm_storage.admin.changelist import BoundedPaginator, RecordChangeList, page_asked
+from fsm_storage.admin.deleting import DeletingMixin
 from fsm_storage.admin.editing import EditingMixin
 from fsm_storage.admin.funnels import FunnelMixin
 from fsm_storage.admin.mapping import MappingMixin
@@ -36,7 +34,7 @@ else:
 
 
 @admin.register(FSMRecord)
-class RecordAdmin(WatchingMixin, EditingMixin, ActionsMixin, FunnelMixin, MappingMixin, Base):
+class RecordAdmin(WatchingMixin, EditingMixin, DeletingMixin, ActionsMixin, FunnelMixin, MappingMixin, Base):
     """Find a conversation, see where it is and how it got there, mend it without stepping on the bot."""
 
     list_display = ["chat", "user", "state_now", "expires", "changed", "bot"]
@@ -71,16 +69,6 @@ class RecordAdmin(WatchingMixin, EditingMixin, ActionsMixin, FunnelMixin, Mappin
 
     def has_delete_permission(self, request: HttpRequest, obj: FSMRecord | None = None) -> bool:
         return rights_of(request.user).delete
-
-    def delete_model(self, request: HttpRequest, obj: FSMRecord) -> None:
-        self.delete_queryset(request, self.get_queryset(request).filter(pk=obj.pk))
-
-    def delete_queryset(self, request: HttpRequest, queryset: QuerySet[FSMRecord]) -> None:
-        """Delete, and hint at what is gone: nothing else would tell the pages that show it."""
-        gone = list(queryset.values_list("alias", "key"))
-        super().delete_queryset(request, queryset)
-        for alias, key in gone:
-            transaction.on_commit(partial(signals.hint, alias, [(key, None)]), using=queryset.db)
 
     def get_queryset(self, request: HttpRequest) -> FSMRecordQuerySet:
         records: Any = super().get_queryset(request)

@@ -1,4 +1,4 @@
-"""A limit to the time that a database may take for a question. What it stops is told apart from other errors."""
+"""Limits to the time that a database may take for a question, and that a change may wait for a locked row."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from django.db import OperationalError, connections, transaction
+from django.db import OperationalError, connections, router, transaction
 
+from fsm_storage.backends.session import Session
+from fsm_storage.conf import storages
+from fsm_storage.models import FSMRecord
+
+PATIENCE = 5.0
+"""Seconds for which a change waits for a record of a storage that is not configured any more."""
 _STEPS = 10_000
 """Of SQLite's machine, between two looks at the clock: some tenths of a millisecond."""
 # What MariaDB and MySQL give as the number of the error.
@@ -42,6 +48,22 @@ def time_limit(using: str, seconds: float) -> Iterator[None]:
         if _was_stopped(error):
             raise TookTooLong from error
         raise
+
+
+@contextmanager
+def lock_limit(alias: str) -> Iterator[None]:
+    """Let the block wait for a locked record of the storage `alias` no longer than that one's `timeout`.
+
+    A storage does so itself in a transaction of its own, but not in one that somebody else has begun.
+    Not one within another.
+    """
+    storage: Any = storages[alias] if alias in storages.settings else None
+    database = getattr(storage, "database", None) or router.db_for_write(FSMRecord)
+    if not connections[database].in_atomic_block:
+        yield
+        return
+    with Session(database, getattr(storage, "timeout", PATIENCE)).limited():
+        yield
 
 
 @contextmanager

@@ -21,6 +21,18 @@ class Handlers(Protocol):
     def spared(self) -> Spared: ...
 
 
+class Mirroring(Protocol):
+    """A thread that mirrors a storage."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def join(self, timeout: float | None = None) -> None: ...
+
+    def is_alive(self) -> bool: ...
+
+
 class Identified(Protocol):
     """What `edit` needs of a record: its key, as text and taken apart."""
 

@@ -197,6 +197,31 @@ class DjangoStorage(MovesChats, BaseStorage):
         replies = self._write_here(writes, Cause(source, actor_name(by)))
         return sum(isinstance(reply, Written) and reply.version is not None for reply in replies)
 
+    def delete(self, records: Sequence[Identified], *, by: Any = None, source: str = "admin") -> None:
+        """Clear records and delete their rows, in one transaction, so that the history tells who ended them.
+
+        Signals and hints say that they are gone. All are deleted or, when it raises, none. Runs in the
+        caller's transaction if there is one. Synchronous.
+        """
+        from fsm_storage.models import FSMRecord  # not earlier: a storage is imported before Django is set up
+
+        writes = [Write(record.key, record.storage_key, Patch(None, EMPTY)) for record in records]
+        cause = Cause(source, actor_name(by))
+        scope = self._scope._replace(cause=cause, tells=signals.is_heard())
+        rows = FSMRecord.objects.using(self.database).filter(
+            alias=self.alias, key__in=[write.key for write in writes]
+        )
+
+        def clear_and_delete() -> Sequence[WriteReply]:
+            replies = self._session.write_here(writes, scope)
+            rows.delete()
+            return replies
+
+        replies = self._session.atomically(clear_and_delete)
+        self._session.after_commit(
+            partial(signals.announce_deleted, self.sender, self.alias, writes, replies, cause)
+        )
+
     def put(self, writes: Sequence[Write], *, by: Any = None, source: str = "import") -> Sequence[WriteReply]:
         """Carry out writes to different keys in one transaction, the caller's if there is one.
 

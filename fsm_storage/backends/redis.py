@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Awaitable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from aiogram.fsm.storage.base import (
     BaseEventIsolation,
@@ -19,12 +19,13 @@ from aiogram.fsm.storage.base import (
 )
 from asgiref.sync import async_to_sync
 from django.core.checks import CheckMessage
+from django.db import transaction
 from django.utils.module_loading import import_string
 from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.exceptions import RedisError
 
-from fsm_storage.backends.arguments import TtlOption, own_ttl
+from fsm_storage.backends.arguments import Mirroring, TtlOption, own_ttl
 from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.backends.fencing import HOLD
 from fsm_storage.backends.merging import Merge
@@ -168,12 +169,7 @@ class RedisStorage(BaseStorage):
         """Carry out a claim, in a batch with others; or an errand on a table of the mirror's database."""
         if isinstance(errand, Claim):
             return self._claims.batcher.submit(errand)
-        if not self.mirror:
-            raise NotEditable(self.alias, "it keeps nothing in Django")
-        with self._lock:
-            if self._tables is None:
-                self._tables = DjangoStorage(self.alias, database=self.database, timeout=self.timeout)
-        return self._tables.submit(errand)
+        return self._table().submit(errand)
 
     async def finish(self, claims: Sequence[Claim]) -> None:
         """Carry out claims, also after `close()`. Raises the first error."""
@@ -314,6 +310,17 @@ class RedisStorage(BaseStorage):
         wait_for_mirror(self.database, self.alias, changed)
         return replies
 
+    def delete(self, records: Sequence[FSMRecord], *, by: Any = None, source: str = "admin") -> None:
+        """Clear mirrored records in Redis and delete their rows, so that the history tells who ended them.
+
+        What Redis does not take is not deleted. As with `edit`, the records before that one are cleared there.
+        """
+        wish = Wish(None, {}, by=by, source=source)
+        with transaction.atomic(using=self.database):
+            # The rows first, which can be brought back. The mirror then finds nothing left to clear.
+            self._table().delete(records, by=by, source=source)
+            self._edit_here([(Shown(record, None, {}, None), wish) for record in records])
+
     def is_leased(self, key: StorageKey) -> bool:
         """Say whether a handler is at work on `key`, as far as Redis says so at once. Synchronous."""
         return async_to_sync(is_held)(wire_for(self.redis), self.lease_key(key))
@@ -327,6 +334,18 @@ class RedisStorage(BaseStorage):
             raise RedisUnavailable(self.alias, error) from error
         finally:
             await wire.hang_up()
+
+    def _table(self) -> DjangoStorage:
+        """Return the storage on the tables of the mirror."""
+        if not self.mirror:
+            raise NotEditable(self.alias, "it keeps nothing in Django")
+        with self._lock:
+            if self._tables is None:
+                self._tables = DjangoStorage(
+                    self.alias, database=self.database, history=self.history, timeout=self.timeout
+                )
+                self._tables.sender = type(self)
+        return self._tables
 
     def _refuse(self) -> None:
         self.closed = True
@@ -375,18 +394,6 @@ class RedisStorage(BaseStorage):
             # By its dotted path: the mirror stands on this room.
             self._mirroring = cast(Mirroring, import_string("fsm_storage.mirror.worker.MirrorThread")(self))
             self._mirroring.start()
-
-
-class Mirroring(Protocol):
-    """A thread that mirrors a storage."""
-
-    def start(self) -> None: ...
-
-    def stop(self) -> None: ...
-
-    def join(self, timeout: float | None = None) -> None: ...
-
-    def is_alive(self) -> bool: ...
 
 
 def _ttl_ms(ttl: Ttl) -> int | None:

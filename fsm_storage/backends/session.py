@@ -6,8 +6,8 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -147,18 +147,28 @@ class Session:
         """Do work through the ORM in a transaction, anew after a fault that may pass. It must begin with a write."""
 
         def run(unit: Unit) -> T:
-            before, after = unit.dialect.lock_limits(self.timeout)
-            try:
-                with transaction.atomic(using=self.database):
-                    for sql in before:
-                        unit.execute(sql)
-                    return work()
-            finally:
-                with suppress(Error):
-                    for sql in after:
-                        unit.execute(sql)
+            with self.limited():
+                return work()
 
         return self._retried(run, time.monotonic() + self.timeout)
+
+    @contextmanager
+    def limited(self) -> Iterator[None]:
+        """A transaction, or a savepoint in the caller's, that waits no longer than the timeout for a locked row.
+
+        Not one within another: what it restores at the end would be the limit of the outer one.
+        """
+        unit = self._unit()
+        before, after = unit.dialect.lock_limits(self.timeout)
+        try:
+            with transaction.atomic(using=self.database):
+                for sql in before:
+                    unit.execute(sql)
+                yield
+        finally:
+            with suppress(Error):
+                for sql in after:
+                    unit.execute(sql)
 
     def write_patiently(self, writes: Sequence[Write], scope: Scope) -> Sequence[WriteReply]:
         """As `write`, but wait for locked rows too. Raises `StorageUnavailable` if they stay locked."""

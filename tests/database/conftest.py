@@ -19,8 +19,10 @@ from django.core.management import call_command
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
+from django.test import override_settings
 
 from tests.conftest import NO_MARIADB, SKIP_MARIADB
+from tests.database.routing import OneDatabase
 from tests.servers import Mariadb, Postgres, start_child
 
 
@@ -181,6 +183,19 @@ def statements(monkeypatch: pytest.MonkeyPatch) -> Iterator[Statements]:
     connection_created.connect(statements.connected)
     yield statements
     connection_created.disconnect(statements.connected)
+
+
+@pytest.fixture
+def user(database: str) -> Iterator[Any]:
+    """A superuser, in a project that keeps everything in `database`. For a test on a database that is `whole`."""
+    from django.contrib.auth.models import User
+    from django.contrib.contenttypes.models import ContentType
+
+    OneDatabase.database = database
+    with override_settings(DATABASE_ROUTERS=["tests.database.routing.OneDatabase"]):
+        ContentType.objects.clear_cache()
+        yield User.objects.create_superuser("agent")
+    ContentType.objects.clear_cache()
 
 
 @pytest.fixture

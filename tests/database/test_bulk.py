@@ -4,54 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import User
-from django.contrib.contenttypes.models import ContentType
 from django.db import connections
-from django.test import override_settings
 
 from fsm_storage.admin import bulkwork
 from fsm_storage.admin.bulk import ACTIONS
 from fsm_storage.backends.django import DjangoStorage
 from fsm_storage.models import FSMBulkItem, FSMRecord, FSMTransition
 from fsm_storage.rights import rights_of
+from tests.database.routing import whole
 
 PEOPLE = 60
-# With all apps, unlike `tests.conftest.on`: people and the log are Django's own.
-WHOLE = [
-    pytest.param(alias, marks=pytest.mark.django_db(transaction=True, databases=[alias]))
-    for alias in ("default", "postgres")
-]
-pytestmark = [pytest.mark.parametrize("database", WHOLE, indirect=True)]
+pytestmark = [pytest.mark.parametrize("database", [whole("default"), whole("postgres")], indirect=True)]
 Outcome = FSMBulkItem.Outcome
-
-
-class OneDatabase:
-    """A router that keeps everything in one database, as most projects have it."""
-
-    database = "default"
-
-    def db_for_read(self, model: Any, **hints: Any) -> str:
-        return self.database
-
-    db_for_write = db_for_read
-
-    def allow_relation(self, *objects: Any, **hints: Any) -> bool:
-        return True
-
-
-@pytest.fixture
-def user(database: str) -> Iterator[User]:
-    OneDatabase.database = database
-    with override_settings(DATABASE_ROUTERS=[f"{__name__}.OneDatabase"]):
-        ContentType.objects.clear_cache()
-        yield User.objects.create_superuser("agent")
-    ContentType.objects.clear_cache()
 
 
 def key(number: int) -> StorageKey:

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import redis
+from django.db import transaction
 from django.utils import timezone
 
 from fsm_storage import RedisStorage, storages
 from fsm_storage.admin import page
 from fsm_storage.backends import redis_editing
 from fsm_storage.dialects import Claim
+from fsm_storage.exceptions import RedisUnavailable
 from fsm_storage.models import FSMRecord
 from fsm_storage.operations import RenameDataKey, RenameState
 from tests.redis.conftest import ALIAS, BUILDER, Make, Mirrored
@@ -83,6 +85,52 @@ async def test_a_renaming_leaves_what_has_moved_on_or_gone(
     ]
     await mirror_all(storage)
     assert [await storage.get_state(other(chat)) for chat in range(1, 5)] == ["b", "moved", "a", None]
+
+
+# Deleting
+
+
+async def deleted(database: str) -> None:
+    """Delete as the admin does, all in one transaction of the request."""
+
+    def delete() -> None:
+        with transaction.atomic(using=database):
+            storages.editor(ALIAS).delete(records(database), by="ann")
+
+    await in_thread(delete)
+
+
+@pytest.mark.parametrize("history", ["states", "full"])
+async def test_what_is_deleted_is_gone_from_redis_and_the_history_tells_once(
+    mirrored: Mirrored, database: str, raw: redis.Redis, history: Any
+) -> None:
+    storage = mirrored(history=history)
+    for chat in (1, 2):
+        await storage.set_state(other(chat), "a")
+    async with mirroring(storage):
+        await becomes(lambda: in_thread(lambda: len(records(database)) == 2))
+        await deleted(database)
+        assert await storage.get_state(other(1)) is None
+        await storage.set_state(other(2), "anew")
+    await mirror_all(storage)
+    assert [(row.chat_id, row.state) for row in await in_thread(records, database)] == [(2, "anew")]
+    told = await in_thread(transitions, database, source="admin")
+    assert told == [("a", None, "admin", "ann")] * 2
+
+
+async def test_what_redis_does_not_take_is_not_deleted(
+    make: Make, configured: None, own_redis: RedisServer, database: str
+) -> None:
+    storage = storages[ALIAS] = make(
+        own_redis.url, alias=ALIAS, database=database, key_builder=BUILDER, timeout=1.0
+    )
+    await storage.set_state(other(7), "a")
+    await mirror_all(storage)
+    own_redis.kill()
+    with pytest.raises(RedisUnavailable):
+        await deleted(database)
+    assert [row.state for row in await in_thread(records, database)] == ["a"]
+    assert await in_thread(transitions, database, source="admin") == []
 
 
 # A handler at work
