@@ -30,8 +30,6 @@ class Editor(Protocol):
 
     def edit(self, records: Sequence[FSMRecord], **changes: Any) -> int: ...
 
-    def delete(self, records: Sequence[FSMRecord], *, by: Any = None) -> None: ...
-
 
 class StorageHandler(BaseConnectionHandler):  # type: ignore[type-arg] # generic only in the stubs
     """The storages of `settings.FSM_STORAGES`, by alias: one object per alias and process.

@@ -93,7 +93,10 @@ class DeletingMixin(Base):
 
 def _delete(database: str, alias: str, records: Sequence[FSMRecord], user: Any) -> None:
     try:
-        storages.editor(alias).delete(records, by=user)
+        storage: Any = storages.editor(alias)
+        if not hasattr(storage, "delete"):
+            raise NotEditable(alias, "it cannot delete")
+        storage.delete(records, by=user)
     except NotEditable:  # nobody is there to note it
         with lock_limit(alias):
             FSMRecord.objects.using(database).filter(pk__in=[record.pk for record in records]).delete()

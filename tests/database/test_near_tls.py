@@ -108,7 +108,7 @@ class Hoarder:
 async def hoard(storage: DjangoStorage, seen: Seen, times: int) -> None:
     """Open connections, and have their libpq pass for an older one."""
     await warm(storage, seen)
-    lines: list[Any] = [line for line, _ in storage._near._idle]
+    lines: list[Any] = [line for line, _ in storage._carrier._near._idle]
     for line in lines:
         line._pgconn = Hoarder(line._pgconn, times)
 
@@ -126,7 +126,7 @@ async def warm(storage: DjangoStorage, seen: Seen) -> None:
 
 async def test_the_loop_drives_connections_that_are_encrypted(storage: DjangoStorage, seen: Seen) -> None:
     await warm(storage, seen)
-    lines: list[Any] = [line for line, _ in storage._near._idle]
+    lines: list[Any] = [line for line, _ in storage._carrier._near._idle]
     assert lines
     assert all(line._pgconn.ssl_in_use and line._is_encrypted for line in lines)
     await storage.set_state(chat(1), "a")
