@@ -247,7 +247,7 @@ class ActionsMixin(Base):
         try:
             bulkwork.work(bulk, arguments, request.user, rights_of(request.user), WORK_SECONDS)
         except bulkwork.Stopped as error:
-            text = _("The database did not take the changes: %(error)s. Go on when it does.")
+            text = _("Stopped: %(error)s. Go on when it works again.")
             self.message_user(request, text % {"error": error}, messages.ERROR)
         return HttpResponseRedirect(self._bulk_url("_result", bulk.pk))
 
