@@ -12,7 +12,6 @@ from django.db import OperationalError, router, transaction
 from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.urls import reverse
-from django.utils.translation import gettext as _
 
 from fsm_storage import signals
 from fsm_storage.admin.errors import told
@@ -84,11 +83,8 @@ class DeletingMixin(Base):
                 for alias, records in by_alias.items():
                     for start in range(0, len(records), BATCH):
                         _delete(database, alias, records[start : start + BATCH], request.user)
-        except FSMStorageError as error:
+        except (FSMStorageError, OperationalError) as error:
             raise NotDeleted(told(error)) from error
-        except OperationalError as error:
-            text = _("The database did not take the change: %(error)s") % {"error": error}
-            raise NotDeleted(text) from error
 
 
 def _delete(database: str, alias: str, records: Sequence[FSMRecord], user: Any) -> None:

@@ -130,11 +130,8 @@ class EditingMixin(Base):
         except VersionConflict:
             newer = self._find(request, str(record.pk))
             return self._gone(request, "") if newer is None else self._save(request, newer, form, tries - 1)
-        except FSMStorageError as error:
+        except (FSMStorageError, OperationalError) as error:
             form.add_error(_field_at_fault(error, form), told(error))
-            return self._render(request, record, form)
-        except OperationalError as error:
-            form.add_error(None, _("The database did not take the change: %(error)s") % {"error": error})
             return self._render(request, record, form)
         if merge.is_needed:
             self.message_user(request, merge.told(), messages.INFO)
@@ -229,7 +226,7 @@ class EditingMixin(Base):
         return self.response_post_save_change(request, record)
 
 
-def _field_at_fault(error: FSMStorageError, form: RecordForm) -> str | None:
+def _field_at_fault(error: Exception, form: RecordForm) -> str | None:
     field = None
     if isinstance(error, InvalidState):
         field = "other_state"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from django.db import OperationalError
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 
@@ -69,7 +70,7 @@ def told(error: Exception) -> str:
             ) % {"seconds": error.waited, "reason": error.reason}
         case RedisUnavailable():
             return _("Redis did not take the change; try again later. (%(cause)s)") % {"cause": error}
-        case StorageUnavailable():
+        case StorageUnavailable() | OperationalError():
             return _("The database did not take the change: %(error)s") % {"error": error}
     return str(error)
 
