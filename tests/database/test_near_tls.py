@@ -16,6 +16,7 @@ import trustme
 from django.db import connections
 
 from fsm_storage import DjangoStorage
+from fsm_storage.backends import line as line_module
 from fsm_storage.backends.line import Line
 from tests.conftest import POSTGRES
 from tests.database.test_near import Seen, chat
@@ -84,6 +85,12 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
     return faults
 
 
+@pytest.fixture
+def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read but what an event tells of."""
+    monkeypatch.setattr(line_module, "LOOK_AGAIN_SECONDS", 60.0)
+
+
 class Hoarder:
     """Passes for an older libpq: the end of each reply is only there when it was asked for so often once more."""
 
@@ -137,12 +144,12 @@ async def test_the_loop_drives_connections_that_are_encrypted(storage: DjangoSto
 
 
 @ANY_RECORDS
+@pytest.mark.usefixtures("no_clock")
 async def test_data_of_any_size_goes_and_comes_whole(
     storage: DjangoStorage, seen: Seen, faults: list[Exception]
 ) -> None:
     await warm(storage, seen)
-    # In this order: of eight times 5750 bytes an older libpq leaves some in OpenSSL, as long as its buffer is small.
-    for count, size in ((64, 10), (8, 5750), (64, 9000), (64, 20_000), (8, 300_000)):
+    for count, size in ((64, 10), (64, 9000), (64, 20_000), (8, 300_000)):
         data: list[dict[str, Any]] = [{"text": "x" * (size + number), "n": number} for number in range(count)]
         merged = await asyncio.gather(*(storage.update_data(chat(one["n"]), one) for one in data))
         assert merged == data
@@ -151,6 +158,21 @@ async def test_data_of_any_size_goes_and_comes_whole(
     assert not faults
 
 
+@pytest.mark.usefixtures("no_clock")
+async def test_records_that_an_older_libpq_has_no_room_for(
+    storage: DjangoStorage, seen: Seen, faults: list[Exception]
+) -> None:
+    await warm(storage, seen)
+    # Three records to a buffer of 16 KB, in which there is the beginning of a row when the last one comes.
+    data = [{"text": "x" * 5750, "n": number} for number in range(8)]
+    await asyncio.gather(*(storage.set_data(chat(number), one) for number, one in enumerate(data)))
+    for _ in range(3):
+        assert await asyncio.gather(*(storage.get_data(chat(number)) for number in range(8))) == data
+    assert seen.take() == (32, 0)
+    assert not faults
+
+
+@pytest.mark.usefixtures("no_clock")
 async def test_what_libpq_left_in_openssl_is_asked_for(
     storage: DjangoStorage, seen: Seen, faults: list[Exception]
 ) -> None:
@@ -162,7 +184,19 @@ async def test_what_libpq_left_in_openssl_is_asked_for(
     assert not faults
 
 
+async def test_what_it_left_of_a_record_that_came_meanwhile_does_not_wait_for_the_timeout(
+    storage: DjangoStorage, seen: Seen, faults: list[Exception]
+) -> None:
+    await hoard(storage, seen, times=2)
+    for number in range(4):
+        await storage.update_data(chat(number), {"n": number})
+        assert await storage.get_data(chat(number)) == {"n": number}
+    assert seen.take() == (8, 0)
+    assert not faults
+
+
 @ANY_RECORDS
+@pytest.mark.usefixtures("no_clock")
 async def test_conversations_go_on_at_the_same_time(
     storage: DjangoStorage, seen: Seen, faults: list[Exception]
 ) -> None:
