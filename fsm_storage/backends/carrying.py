@@ -114,6 +114,8 @@ class Carrier:
             self._near.is_held = False
 
     def _open_near(self) -> None:
+        if self.closed:
+            return
         self._near.open(self._session.dialect, prepares=self._session.may_prepare)
 
     def _release_worker(self) -> None:

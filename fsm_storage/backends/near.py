@@ -128,15 +128,16 @@ class Near:
                 self._opening.release()
 
     def _open(self, dialect: Dialect, prepares: Callable[[BaseDatabaseWrapper], bool]) -> None:
-        generation, wrapper = self._generation, connections.create_connection(self._database)
-        connection: Driven | None = None
+        generation, wrapper, connection = self._generation, None, None
         # Whatever it is: the worker's own connection meets the same, and says so.
         with suppress(Exception):
+            wrapper = connections.create_connection(self._database)
             connection = self._connect(wrapper, dialect, prepares)
-        if connection is None:
+        if wrapper is None or connection is None:
             self._not_before = time.monotonic() + PAUSE_SECONDS
-            with suppress(Exception):
-                wrapper.close()
+            if wrapper is not None:
+                with suppress(Exception):
+                    wrapper.close()
             return
         age = wrapper.settings_dict["CONN_MAX_AGE"]
         self._is_wanted = False

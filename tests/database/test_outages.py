@@ -146,6 +146,7 @@ async def test_closing_waits_no_longer_than_the_timeout(own_database: str, own_s
             process.resume()
     for outcome in await asyncio.gather(*writes, return_exceptions=True):
         assert outcome is None or isinstance(outcome, CLEAR)
+    await in_thread(storage.shut)  # its threads were left at work
 
 
 @pytest.mark.parametrize("own_server", ["postgres"], indirect=True)

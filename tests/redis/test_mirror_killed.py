@@ -23,6 +23,7 @@ ROUNDS = int(os.environ.get("FSM_TEST_KILLS", "4"))
 
 
 @pytest.mark.slow
+@pytest.mark.loop_gap(30)  # it starts and ends processes itself
 @pytest.mark.timeout(120 + 30 * ROUNDS)
 @pytest.mark.parametrize("database", [SQLITE, POSTGRES])
 async def test_after_kills_nothing_differs(
