@@ -568,6 +568,7 @@ class Wire:
 
 
 @ONLY_POSTGRES
+@pytest.mark.loop_gap(3)  # it sends 24 MB in one turn
 async def test_a_connection_that_is_lost_in_the_midst_of_sending_is_left_to_the_thread(
     make_storage: Make, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -581,7 +582,7 @@ async def test_a_connection_that_is_lost_in_the_midst_of_sending_is_left_to_the_
         await asyncio.gather(*(storage.set_state(chat(n), "a") for n in range(9)))
     seen.take()
     began = time.monotonic()
-    writes = [asyncio.ensure_future(storage.set_data(chat(n), {"text": "x" * 400_000})) for n in range(24)]
+    writes = [asyncio.ensure_future(storage.set_data(chat(n), {"text": "x" * 400_000})) for n in range(60)]
     async with asyncio.timeout(10):
         while not any(line._has_writer for line in storage._carrier._near._lent):  # type: ignore[attr-defined]
             await asyncio.sleep(0)
