@@ -55,6 +55,8 @@ async def lock_after_fork(storage: Any, path: str, timeout: float) -> None:
                 note(name)
         except LeaseTimeout:
             note(f"{name} timeout")
+        except Exception as error:
+            note(f"{name} {error!r} {error.__cause__!r}")
         await storage.close()
         await isolation.close()
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from fsm_storage.backends.forks import at_work
 from fsm_storage.dialects import Plan
 from fsm_storage.dialects.sqlite import LOG_PAGES
 
@@ -54,9 +55,18 @@ class Here:
         return cls(connection, may_write=synchronous <= _NORMAL, log=f"{file}-wal", page=page)
 
     def start(self, plan: Plan[Any], begin: str | None, done: Callable[[Any], None]) -> bool:
+        with at_work.lock:
+            replies = self._answer(plan, begin)
+        if replies is None:
+            return False
+        done(replies)
+        return True
+
+    def _answer(self, plan: Plan[Any], begin: str | None) -> Any:
+        """Return the replies; None if there are none, or not now."""
         began = time.monotonic()
         if began < self._paused_until or (begin is not None and not self._may_begin()):
-            return False
+            return None
         replies = None
         try:
             # Whatever it is: the thread meets it too, and knows what to do.
@@ -71,10 +81,7 @@ class Here:
         self._pace += (worked - self._pace) / 8
         if self._pace > SLOW_SECONDS:
             self._pace, self._paused_until = 0.0, time.monotonic() + PAUSE_SECONDS
-        if replies is None:
-            return False
-        done(replies)
-        return True
+        return replies
 
     def may_serve(self, loop: asyncio.AbstractEventLoop) -> bool:
         return True

@@ -25,6 +25,7 @@ from django.db import (
 )
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from fsm_storage.backends.forks import at_work, keep, let_go
 from fsm_storage.backends.options import check_database
 from fsm_storage.backends.unit import Unit
 from fsm_storage.dialects import (
@@ -128,7 +129,7 @@ class Session:
         while True:
             unit = self._unit()
             try:
-                with unit.transaction(wait=self.timeout):
+                with at_work.lock, unit.transaction(wait=self.timeout):
                     replies = self._until_done(partial(self._write_waiting, unit, scope), writes, deadline)
                     for reply in replies:
                         if isinstance(reply, BaseException) and (
@@ -198,7 +199,8 @@ class Session:
     def release(self) -> None:
         """Close this thread's connection."""
         self._thread.connection = None
-        with suppress(Error):
+        let_go(self.database)
+        with at_work.lock, suppress(Error):
             connections[self.database].close()
 
     def _unit(self) -> Unit:
@@ -225,7 +227,8 @@ class Session:
         while True:
             unit = self._unit()
             try:
-                return run(unit)
+                with at_work.lock:
+                    return run(unit)
             except Error as error:
                 if not self._may_retry(unit, error, deadline, attempt):
                     raise self._translate(error) from error
@@ -248,6 +251,7 @@ class Session:
             for sql in unit.dialect.session(self.timeout):
                 unit.execute(sql)
             self._thread.connection = connection.connection
+            keep(self.database, connection.connection)
             self._thread.direct = self._direct(unit)
             self._thread.dialect = unit.dialect.at(getattr(connection, "pg_version", 0))
         unit.direct, unit.dialect = self._thread.direct, self._thread.dialect

@@ -5,36 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fsm_storage.models import FSMRecord, FSMTransition
+from tests.browser.pages import LIST, PHONE, XSS, brightness, colours, enter, follow, overflow, page_of
 
 pytestmark = [pytest.mark.browser, pytest.mark.django_db(transaction=True)]
-
-LIST = "/admin/fsm_storage/fsmrecord/"
-XSS = "<script>alert(1)</script>"
-PHONE = {
-    "viewport": {"width": 390, "height": 844},
-    "has_touch": True,
-    "is_mobile": True,
-    "device_scale_factor": 2,
-}
-
-
-def page_of(record):
-    return f"{LIST}{record.pk}/change/"
-
-
-def overflow(page):
-    page.wait_for_load_state("load")
-    return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-
-
-def colours(page, selector):
-    return page.locator(selector).first.evaluate(
-        "e => [getComputedStyle(e).backgroundColor, getComputedStyle(e).color]"
-    )
-
-
-def brightness(colour):
-    return sum(int(part) for part in colour.strip("rgba()").split(",")[:3])
 
 
 def test_find_open_mend_and_see_it(open_page, make_record):
@@ -43,13 +16,13 @@ def test_find_open_mend_and_see_it(open_page, make_record):
     page = open_page(LIST)
     assert page.locator("#result_list tbody tr").count() == 2
     page.fill("#searchbar", "name=Анна")
-    page.press("#searchbar", "Enter")
-    page.click("#result_list .field-chat a")
+    enter(page, "#searchbar")
+    follow(page, "#result_list .field-chat a")
     page.select_option("#id_state", label="Order:payment")
     text = page.input_value("#id_data_json")
     assert str(2**63 + 1) in text
     page.fill("#id_data_json", text.replace("Анна", "Анна Мария"))
-    page.click("input[name=_continue]")
+    follow(page, "input[name=_continue]")
     page.wait_for_selector(".messagelist .success")
     assert page.locator(".fsm-now .fsm-badge").first.inner_text() == "Order:payment"
     assert "agent" in page.locator(".fsm-timeline tbody tr").first.inner_text()
@@ -60,7 +33,7 @@ def test_find_open_mend_and_see_it(open_page, make_record):
 def test_an_error_points_at_the_line(open_page, make_record):
     page = open_page(page_of(make_record(state="Order:item", data={"a": 1})))
     page.fill("#id_data_json", '{\n  "a": 1,\n  "b": oops\n}')
-    page.click("input[name=_save]")
+    follow(page, "input[name=_save]")
     assert "Line 3, column 8" in page.locator(".errorlist").inner_text()
     assert "^" in page.locator(".fsm-excerpt").inner_text()
     assert page.input_value("#id_data_json") == '{\n  "a": 1,\n  "b": oops\n}'
@@ -72,17 +45,17 @@ def test_a_conflict_shows_both_and_each_clash_is_chosen(open_page, make_record, 
     page = open_page(page_of(record), java_script_enabled=scripts)
     page.select_option("#id_state", label="Order:payment")
     record.edit(state="Support:waiting", data={"a": 2}, source="bot")
-    page.click("input[name=_save]")
+    follow(page, "input[name=_save]")
     conflict = page.locator(".fsm-conflict")
     assert "Nothing was saved" in conflict.inner_text()
     assert "Support:waiting" in conflict.inner_text()
     assert page.locator("#id_state").input_value() == "=Order:payment"
     # Enter presses the form's first button. Without a choice it must not save.
-    page.press("#id_other_state", "Enter")
+    enter(page, "#id_other_state")
     page.wait_for_selector(".fsm-conflict")
     assert FSMRecord.objects.get(pk=record.pk).state == "Support:waiting"
     page.check("input[name=choice-state][value=yours]")
-    page.click("button[name=_save_merged]")
+    follow(page, "button[name=_save_merged]")
     page.wait_for_selector("#result_list")
     after = FSMRecord.objects.get(pk=record.pk)
     assert (after.state, after.data) == ("Order:payment", {"a": 2})
@@ -93,8 +66,8 @@ def test_what_is_there_now_can_be_taken(open_page, make_record):
     page = open_page(page_of(record))
     page.select_option("#id_state", label="Order:payment")
     record.edit(state="Support:waiting")
-    page.click("input[name=_save]")
-    page.click(".fsm-choices a")
+    follow(page, "input[name=_save]")
+    follow(page, ".fsm-choices a")
     page.wait_for_selector(".fsm-conflict", state="detached")
     assert page.locator("#id_state").input_value() == "=Support:waiting"
 
@@ -102,23 +75,23 @@ def test_what_is_there_now_can_be_taken(open_page, make_record):
 def test_everything_works_without_scripts(open_page, make_record):
     record = make_record(state="Order:item", data={"a": 1})
     page = open_page(LIST, java_script_enabled=False)
-    page.click("#changelist-filter >> text=Order:item")
+    follow(page, "#changelist-filter >> text=Order:item")
     page.check("input.action-select")
     page.select_option("select[name=action]", "clear_state")
-    page.click("button[name=index]")
-    page.click("text=No, take me back")
+    follow(page, "button[name=index]")
+    follow(page, "text=No, take me back")
     assert FSMRecord.objects.get(pk=record.pk).state == "Order:item"
     page.check("input.action-select")
     page.select_option("select[name=action]", "clear_state")
-    page.click("button[name=index]")
-    page.click("button[name=run]")
+    follow(page, "button[name=index]")
+    follow(page, "button[name=run]")
     assert "1 conversation was changed." in page.locator("#content-main").inner_text()
     assert FSMRecord.objects.get(pk=record.pk).state is None
-    page.click("text=Back to the conversations")
-    page.click("#result_list .field-chat a")
+    follow(page, "text=Back to the conversations")
+    follow(page, "#result_list .field-chat a")
     page.fill("#id_other_state", "Order:size")
     page.fill("#id_data_ttl_for", "2h")
-    page.click("input[name=_save]")
+    follow(page, "input[name=_save]")
     after = FSMRecord.objects.get(pk=record.pk)
     assert after.state == "Order:size"
     assert after.data_expires_at is not None
@@ -147,17 +120,17 @@ def test_no_page_is_wider_than_the_screen(open_page, make_record, options):
     assert overflow(page) == 0
     page.select_option("#id_state", label="Order:payment")
     record.edit(state="Order:size", data={"x" * 100: "y" * 1000})
-    page.click("input[name=_save]")
+    follow(page, "input[name=_save]")
     page.wait_for_selector(".fsm-conflict")
     assert overflow(page) == 0
     page.goto(page.url.replace(page_of(record), LIST))
     page.locator("input.action-select").first.check()
     page.select_option("select[name=action]", "extend_ttl")
-    page.click("button[name=index]")
+    follow(page, "button[name=index]")
     page.wait_for_selector("#id_duration")
     assert overflow(page) == 0
-    page.click("button[name=ask]")
-    page.click("button[name=run]")
+    follow(page, "button[name=ask]")
+    follow(page, "button[name=run]")
     page.wait_for_selector(".fsm-outcomes")
     assert overflow(page) == 0
 
@@ -184,14 +157,14 @@ def test_what_is_stored_never_runs(open_page, make_record):
     record.edit(state=f"{XSS}:2")
     page = open_page(LIST)
     assert XSS in page.locator("#result_list").inner_text()
-    page.click("#result_list .field-chat a")
+    follow(page, "#result_list .field-chat a")
     assert XSS in page.input_value("#id_data_json")
     page.fill("#id_other_state", XSS)
     record.edit(state="Order:item")
-    page.click("input[name=_save]")
+    follow(page, "input[name=_save]")
     page.wait_for_selector(".fsm-conflict")
     page.check("input[name=choice-state][value=yours]")
-    page.click("button[name=_save_merged]")
+    follow(page, "button[name=_save_merged]")
     page.wait_for_selector("#result_list")
     page.goto(page.url.split("?")[0] + f"{record.pk}/history/")
     assert XSS in page.locator("#change-history").inner_text()

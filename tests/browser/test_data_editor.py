@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fsm_storage.models import FSMRecord
-from tests.browser.test_admin import XSS, brightness, colours, page_of
+from tests.browser.pages import XSS, brightness, colours, follow, page_of
 
 pytestmark = [pytest.mark.browser, pytest.mark.django_db(transaction=True)]
 
@@ -44,7 +44,7 @@ def test_a_big_number_is_typed_exactly(open_page, make_record):
     page = open_page(page_of(record))
     open_tree(page)
     type_over(page, "5", str(2**64 + 1))
-    page.click("input[name=_continue]")
+    follow(page, "input[name=_continue]")
     page.wait_for_selector(".messagelist .success")
     assert FSMRecord.objects.get(pk=record.pk).data == {"n": 2**64 + 1, "big": 2**53 + 1}
 
@@ -54,7 +54,7 @@ def test_a_number_too_big_to_be_kept_is_refused(open_page, make_record):
     page = open_page(page_of(record))
     open_tree(page)
     type_over(page, "5", "1e400")
-    page.click("input[name=_continue]")
+    follow(page, "input[name=_continue]")
     page.wait_for_selector(".errornote")
     assert "The number 1e400 is too big to be kept exactly" in page.locator(".errorlist").first.inner_text()
     assert FSMRecord.objects.get(pk=record.pk).data == {"n": 5}
@@ -70,7 +70,7 @@ def test_opening_and_closing_the_tree_changes_nothing(open_page, make_record):
     page.click(".fsm-tree")
     assert page.input_value("#id_data_json") == before
     open_tree(page)
-    page.click("input[name=_continue]")
+    follow(page, "input[name=_continue]")
     page.wait_for_selector(".messagelist .info")
     assert FSMRecord.objects.get(pk=record.pk).version == record.version
 
@@ -87,7 +87,7 @@ def test_a_conflict_merges_what_the_tree_changed(open_page, make_record):
     open_tree(page)
     type_over(page, "old", "new")
     record.edit(data={"mine": "old", "theirs": 2**70, "big": 2**53 + 1}, source="bot")
-    page.click("input[name=_continue]")
+    follow(page, "input[name=_continue]")
     page.wait_for_selector(".messagelist .success")
     assert FSMRecord.objects.get(pk=record.pk).data == {"mine": "new", "theirs": 2**70, "big": 2**53 + 1}
 

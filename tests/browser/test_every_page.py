@@ -8,7 +8,7 @@ import pytest
 from fsm_storage.models import FSMRecord
 from tests.addresses import urls_of
 from tests.browser.contrast import weak_texts
-from tests.browser.test_admin import LIST, PHONE, overflow
+from tests.browser.pages import LIST, PHONE, overflow
 
 pytestmark = [pytest.mark.browser, pytest.mark.django_db(transaction=True)]
 

@@ -16,7 +16,7 @@ from tests.servers import RedisServer, Site, finish_child, start_child
 
 pytestmark = [pytest.mark.browser, pytest.mark.django_db(transaction=True)]
 LIST = "/admin/fsm_storage/fsmrecord/"
-SOON = 4000
+SOON = 15_000
 """Milliseconds: sooner than any page asks by itself, which is every 30 s here."""
 
 

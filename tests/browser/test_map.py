@@ -8,7 +8,7 @@ import pytest
 from django.utils import timezone
 
 from fsm_storage.models import FSMTransition
-from tests.browser.test_admin import LIST, PHONE, brightness, colours, overflow
+from tests.browser.pages import LIST, PHONE, brightness, colours, enter, follow, overflow
 
 pytestmark = [pytest.mark.browser, pytest.mark.django_db(transaction=True)]
 
@@ -79,7 +79,7 @@ def test_click_a_node_and_see_who_is_there(open_page, people):
     page = open_page(MAP)
     page.wait_for_selector(".fsm-map[data-layout=dagre]")
     assert_laid_out(page)
-    page.click(".fsm-map a[aria-label^='Order:payment: 1 conversation now']")
+    follow(page, ".fsm-map a[aria-label^='Order:payment: 1 conversation now']")
     page.wait_for_selector("#result_list")
     assert "1002" in page.locator("#result_list tbody tr").inner_text()
 
@@ -88,7 +88,7 @@ def test_the_map_is_whole_without_scripts(open_page, people):
     page = open_page(MAP, **NO_SCRIPT)
     assert page.locator(".fsm-map[data-layout]").count() == 0
     assert page.locator(".fsm-map .fsm-node").count() == 18  # fifteen states, entry, cleared, expired
-    page.click(".fsm-map a[aria-label^='Order:payment']")
+    follow(page, ".fsm-map a[aria-label^='Order:payment']")
     assert page.locator("#result_list tbody tr").count() == 1
 
 
@@ -114,7 +114,7 @@ def test_the_keyboard_reaches_every_node_in_their_order(open_page, people):
     assert seen[1].startswith("Order:item: 1 conversation")
     page.locator(".fsm-map a[aria-label^='Order:payment']").focus()
     line = page.evaluate("getComputedStyle(document.activeElement.querySelector('rect')).strokeWidth")
-    page.keyboard.press("Enter")
+    enter(page)
     page.wait_for_selector("#result_list")
     assert page.locator("#result_list tbody tr").count() == 1
     assert line == "3px"
@@ -123,14 +123,14 @@ def test_the_keyboard_reaches_every_node_in_their_order(open_page, people):
 @pytest.mark.parametrize("options", [{}, NO_SCRIPT], ids=["", "without scripts"])
 def test_the_way_of_a_conversation_from_its_page(open_page, people, options):
     page = open_page(f"{LIST}{people[1001].pk}/change/", **options)
-    page.click("text=On the map")
+    follow(page, "text=On the map")
     assert "Step 3 of 3" in page.locator(".fsm-replay").inner_text()
     assert page.locator(".fsm-here title").text_content().startswith("Order:item:")
-    page.click("a[rel=prev]")
+    follow(page, "a[rel=prev]")
     assert "Step 2 of 3" in page.locator(".fsm-replay").inner_text()
     assert page.locator(".fsm-here title").text_content().startswith("Order:size:")
     assert page.locator(".fsm-walked").count() == 2
-    page.click("a[rel=next]")
+    follow(page, "a[rel=next]")
     assert page.locator(".fsm-walked").count() == 3
 
 
@@ -142,18 +142,15 @@ def test_choose_steps_and_meet_the_people(open_page, people, options):
         steps.nth(place).select_option(state)
     for place in range(3, steps.count()):
         steps.nth(place).select_option("")
-    page.click(".fsm-choose button")
-    page.wait_for_load_state()
+    follow(page, ".fsm-choose button")
     assert "step=Order%3Apayment" in page.url
     rows = page.locator(".fsm-funnel tbody tr")
     assert rows.count() == 3
     assert "75.0%" in rows.nth(1).inner_text()
-    rows.nth(1).locator("td a").last.click()
-    page.wait_for_load_state()
+    follow(page, rows.nth(1).locator("td a").last)
     chats = page.locator(".fsm-people tbody th").all_inner_texts()
     assert sorted(chats) == ["1001", "1003"]
-    page.click("text='1001'")
-    page.wait_for_load_state()
+    follow(page, "text='1001'")
     assert f"/{people[1001].pk}/change/" in page.url
 
 

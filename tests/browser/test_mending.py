@@ -10,7 +10,7 @@ from fsm_storage import storages
 from fsm_storage.admin import actions, bulkwork
 from fsm_storage.models import FSMRecord
 from tests.browser.contrast import weak_texts
-from tests.browser.test_admin import LIST, PHONE, XSS, overflow, page_of
+from tests.browser.pages import LIST, PHONE, XSS, enter, follow, overflow, page_of
 
 pytestmark = [pytest.mark.browser, pytest.mark.django_db(transaction=True)]
 SCRIPTS = pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "no scripts"])
@@ -49,11 +49,11 @@ def test_what_came_from_where_and_back_again(open_page, make_record, full_histor
     timeline = page.locator("#timeline")
     assert XSS in timeline.inner_text()
     assert timeline.locator("tbody tr").count() == 2
-    page.click(".fsm-restore")
+    follow(page, ".fsm-restore")
     page.wait_for_selector(".fsm-preview")
     assert str(2**53 + 1) in page.locator(".fsm-preview ins").first.inner_text()
     assert FSMRecord.objects.get(pk=record.pk).state == "Order:size"
-    page.click("input[name=_continue]")
+    follow(page, "input[name=_continue]")
     page.wait_for_selector(".messagelist .success")
     after = FSMRecord.objects.get(pk=record.pk)
     assert (after.state, after.data) == ("Order:item", {"n": 2**53 + 1, "text": XSS})
@@ -66,7 +66,7 @@ def test_older_changes_without_scripts(open_page, make_record):
         record.edit(state=f"Order:s{number}", source="bot")
     page = open_page(page_of(record), java_script_enabled=False)
     assert page.locator("#timeline tbody tr").count() == 50
-    page.click("#timeline a[rel=next]")
+    follow(page, "#timeline a[rel=next]")
     assert page.locator("#timeline tbody tr").count() == 10
     assert "This is where the record begins." in page.locator("#timeline").inner_text()
 
@@ -75,7 +75,7 @@ def test_an_edit_by_keyboard_alone(open_page, make_record):
     record = make_record(1002, state="Order:item", data={"a": 1})
     page = open_page(LIST)
     tab_to(page, "#result_list .field-chat a")
-    page.keyboard.press("Enter")
+    enter(page)
     page.wait_for_selector("#id_state")
     tab_to(page, "#id_other_state")
     page.keyboard.type("Order:payment")
@@ -83,18 +83,18 @@ def test_an_edit_by_keyboard_alone(open_page, make_record):
     page.keyboard.press("Control+A")
     page.keyboard.type('{"a": 2}')
     tab_to(page, "button[name=_preview]")
-    page.keyboard.press("Enter")
+    enter(page)
     page.wait_for_selector(".fsm-preview")
     assert FSMRecord.objects.get(pk=record.pk).state == "Order:item"
     record.edit(data={"a": 3}, source="bot")
     tab_to(page, "input[name=_save]")
-    page.keyboard.press("Enter")
+    enter(page)
     page.wait_for_selector(".fsm-conflict")
     tab_to(page, ".fsm-choice input")
     page.keyboard.press("ArrowRight")
     assert page.locator(".fsm-choice input:checked").get_attribute("value") == "yours"
     tab_to(page, "button[name=_save_merged]")
-    page.keyboard.press("Enter")
+    enter(page)
     page.wait_for_selector("#result_list")
     after = FSMRecord.objects.get(pk=record.pk)
     assert (after.state, after.data) == ("Order:payment", {"a": 2})
@@ -107,26 +107,24 @@ def test_many_with_a_count_that_changes(open_page, make_record, scripts):
     for box in page.locator("input.action-select").all():
         box.check()
     page.select_option("select[name=action]", "set_key")
-    page.click("button[name=index]")
+    follow(page, "button[name=index]")
     page.fill("#id_name", "note")
     page.fill("#id_value", json.dumps(XSS))
-    page.click("button[name=ask]")
+    follow(page, "button[name=ask]")
     page.wait_for_selector("button[name=run]")
     assert page.locator(".fsm-selected ins").count() == 3
     FSMRecord.objects.filter(pk=records[0].pk).delete()
-    with page.expect_response(lambda response: response.request.method == "POST") as answer:
-        page.click("button[name=run]")
-    assert answer.value.status == 409
+    assert follow(page, "button[name=run]").status == 409
     assert "3 conversations were selected, now it would be 2" in page.locator(".messagelist").inner_text()
     assert not FSMRecord.objects.filter(data__has_key="note").exists()
     page.fill("#id_name", "note")
     page.fill("#id_value", json.dumps(XSS))
-    page.click("button[name=ask]")
-    page.click("button[name=run]")
+    follow(page, "button[name=ask]")
+    follow(page, "button[name=run]")
     page.wait_for_selector(".fsm-outcomes")
     assert "2 conversations were changed." in page.locator("#content-main").inner_text()
     assert FSMRecord.objects.get(pk=records[1].pk).data == {"n": 1, "note": XSS}
-    page.click("text=Undo")
+    follow(page, "text=Undo")
     page.wait_for_selector("text=What is undone")
     assert FSMRecord.objects.get(pk=records[1].pk).data == {"n": 1}
 
@@ -139,8 +137,8 @@ def test_the_work_goes_on_by_itself_with_scripts(open_page, make_record, monkeyp
     page = open_page(LIST)
     page.check("#action-toggle")
     page.select_option("select[name=action]", "clear_state")
-    page.click("button[name=index]")
-    page.click("button[name=run]")
+    follow(page, "button[name=index]")
+    page.click("button[name=run]")  # and its page goes on to the next one
     page.wait_for_selector("text=5 conversations were changed.")
     assert not FSMRecord.objects.filter(state__isnull=False).exists()
 
@@ -154,11 +152,11 @@ def test_the_work_goes_on_at_a_button_without(open_page, make_record, monkeypatc
     for box in page.locator("input.action-select").all():
         box.check()
     page.select_option("select[name=action]", "clear_state")
-    page.click("button[name=index]")
-    page.click("button[name=run]")
+    follow(page, "button[name=index]")
+    follow(page, "button[name=run]")
     assert "2 of 3 are done." in page.locator("#content-main").inner_text()
     assert FSMRecord.objects.filter(state__isnull=False).count() == 1
-    page.click("text=Go on")
+    follow(page, "text=Go on")
     assert "3 conversations were changed." in page.locator("#content-main").inner_text()
     assert not FSMRecord.objects.filter(state__isnull=False).exists()
 
@@ -183,22 +181,22 @@ def test_texts_can_be_read(open_page, make_record, full_history, options, scheme
     record.edit(state="Order:item", data={"a": 1, "b": 1}, state_ttl=600, source="bot")
     page = open_page(page_of(record), color_scheme=scheme, **options)
     page.fill("#id_data_json", '{"a": 2}')
-    page.click("button[name=_preview]")
+    follow(page, "button[name=_preview]")
     page.wait_for_selector(".fsm-preview")
     found = weak_texts(page)
     record.edit(state="Other:x", data={"a": 3, "b": 1}, source="bot")
-    page.click("input[name=_save]")
+    follow(page, "input[name=_save]")
     page.wait_for_selector(".fsm-conflict")
     found += weak_texts(page)
     assert overflow(page) == 0
     page.goto(page.url.replace(page_of(record), LIST))
     page.check("input.action-select")
     page.select_option("select[name=action]", "clear_all")
-    page.click("button[name=index]")
+    follow(page, "button[name=index]")
     page.wait_for_selector("button[name=run]")
     found += weak_texts(page)
     assert overflow(page) == 0
-    page.click("button[name=run]")
+    follow(page, "button[name=run]")
     page.wait_for_selector(".fsm-outcomes")
     found += weak_texts(page)
     assert found == []

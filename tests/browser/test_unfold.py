@@ -16,13 +16,12 @@ from playwright.sync_api import expect
 
 from fsm_storage.models import FSMRecord
 from tests.browser.contrast import weak_texts
-from tests.browser.test_admin import LIST, PHONE, brightness, colours, overflow, page_of
+from tests.browser.pages import LIST, PHONE, brightness, colours, follow, overflow, page_of
 from tests.browser.test_every_page import SCREENS, everything, test_every_page_is_clean_legible_and_fits
 from tests.servers import ROOT, child_env, free_port
 
 __all__ = ["everything", "test_every_page_is_clean_legible_and_fits"]
 
-expect.set_options(timeout=15_000)  # a page asks every five seconds
 pytestmark = [pytest.mark.browser, pytest.mark.django_db(transaction=True)]
 
 
@@ -76,16 +75,16 @@ def test_mend_with_a_preview_and_a_conflict(open_page, make_record, options):
     page = open_page(page_of(record), **options)
     page.select_option("#id_state", label="Order:payment")
     page.fill("#id_data_json", '{"a": 2}')
-    page.click("button[name=_preview]:visible")
+    follow(page, "button[name=_preview]:visible")
     assert "Order:payment" in page.locator(".fsm-preview").inner_text()
     assert FSMRecord.objects.get(pk=record.pk).state == "Order:item"
     assert (weak_texts(page), overflow(page)) == ([], 0)
     record.edit(state="Support:waiting", data={"a": 1, "b": 1}, source="bot")
-    page.click("button[name=_save]:visible")
+    follow(page, "button[name=_save]:visible")
     page.wait_for_selector(".fsm-conflict")
     assert (weak_texts(page), overflow(page)) == ([], 0)
     page.check("input[name=choice-state][value=yours]")
-    page.click("button[name=_save_merged]")
+    follow(page, "button[name=_save_merged]")
     page.wait_for_selector("#result_list")
     after = FSMRecord.objects.get(pk=record.pk)
     assert (after.state, after.data) == ("Order:payment", {"a": 2, "b": 1})
@@ -98,10 +97,10 @@ def test_change_many(open_page, make_record, options):
     for box in page.locator("input.action-select").all():
         box.check()
     page.select_option("select[name=action]", "clear_state")
-    page.click("button[name=index]")
+    follow(page, "button[name=index]")
     page.wait_for_selector("button[name=run]")
     assert (weak_texts(page), overflow(page)) == ([], 0)
-    page.click("button[name=run]")
+    follow(page, "button[name=run]")
     page.wait_for_selector(".fsm-outcomes")
     assert (weak_texts(page), overflow(page)) == ([], 0)
     assert [FSMRecord.objects.get(pk=record.pk).state for record in (first, second)] == [None, None]
@@ -110,7 +109,7 @@ def test_change_many(open_page, make_record, options):
 def test_from_the_list_to_the_map(open_page, make_record):
     make_record(1001, state="Order:item").edit(state="Order:size", source="bot")
     page = open_page(LIST, **PHONE)
-    page.click("text=Map")
+    follow(page, "text=Map")
     page.wait_for_selector(".fsm-map[data-layout=dagre]")
     assert page.locator("h1.fsm-title").inner_text() == "Map"
 
@@ -171,7 +170,7 @@ def test_the_list_follows(open_page, make_record):
     assert page.evaluate("window.isSame")
     page.locator("#result_list input.action-select").first.check()
     page.select_option("select[name=action]", "clear_state")  # what came is as usable as what was there
-    page.click("button[name=index]")
+    follow(page, "button[name=index]")
     page.wait_for_selector("button[name=run]")
 
 

@@ -98,6 +98,13 @@ def test_a_fork_leaves_no_lock_of_another_thread_behind(
     assert lines(notes) == [["child"]]
 
 
+def test_a_fork_in_the_midst_of_a_write_is_harmless(database: str, launcher: Launcher, notes: Path) -> None:
+    """The child inherits no lock of the database's library, and closes no connection of its parent's."""
+    forks = 25
+    assert launcher.wait(launcher.start("fork_while_a_thread_writes", database, str(notes), forks)) == 0
+    assert notes.read_text().splitlines() == [f"child {number}" for number in range(forks)]
+
+
 @pytest.mark.django_db(transaction=True, databases=list(settings.DATABASES), available_apps=["fsm_storage"])
 def test_a_process_ends_by_itself_with_storages_left_open() -> None:
     """The worker threads do not keep the interpreter from ending."""

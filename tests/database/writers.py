@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import os
 import random
 import signal
@@ -136,6 +138,45 @@ def fork_while_a_thread_starts(database: str, path: str) -> None:
     for thread in threads:
         thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def fork_while_a_thread_writes(database: str, path: str, forks: int) -> None:
+    """Fork again and again while another thread is in the database's library, and use it in each child.
+
+    Notes each child, and what the storage says of a connection that did not stand it.
+    """
+    note = notes(path)
+    warnings.simplefilter("ignore", DeprecationWarning)  # of os.fork() in a process with threads
+    storage = DjangoStorage(database, database=database, timeout=20)
+    watch = logging.Handler()
+    watch.emit = lambda entry: note(entry.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("fsm_storage").addHandler(watch)
+    logging.getLogger("fsm_storage").setLevel(logging.INFO)
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    async def write() -> None:
+        n = 0
+        while not may_end.is_set():
+            await asyncio.gather(*(storage.update_data(key_of(chat), {"n": n}) for chat in range(8)))
+            has_begun.set()
+            n += 1
+        await storage.close()
+
+    writer = threading.Thread(target=asyncio.run, args=(write(),))
+    writer.start()
+    has_begun.wait()
+    for number in range(forks):
+        time.sleep(random.uniform(0, 0.01))
+        pid = os.fork()
+        if not pid:
+            signal.alarm(20)  # a lock that nobody will release
+            gc.collect()
+            asyncio.run(storage.set_state(key_of(100 + number), "child"))
+            note(f"child {number}")
+            os._exit(0)
+        os.waitpid(pid, 0)
+    may_end.set()
+    writer.join()
 
 
 def _is_parent(pid: int) -> bool:
