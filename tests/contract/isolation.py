@@ -105,7 +105,7 @@ class IsolationContract:
     async def test_a_handler_that_takes_three_lease_times_keeps_its_lease(
         self, isolate: Isolate, key: StorageKey
     ) -> None:
-        lease, ends = 0.8, []
+        lease, ends = 2.0, []
 
         async def wait() -> None:
             async with isolate(lease=lease).lock(key):

@@ -361,7 +361,7 @@ async def test_connections_that_the_server_ends_are_replaced(
 async def test_a_server_that_does_not_answer_is_a_clear_error_and_then_it_works_again(
     make_storage: Make, seen: Seen
 ) -> None:
-    storage = make_storage(timeout=1.0)
+    storage = make_storage(timeout=2.0)
     await storage.set_state(chat(1), "a")
     await opened(storage)
     other = OtherSession("postgres")
@@ -372,7 +372,7 @@ async def test_a_server_that_does_not_answer_is_a_clear_error_and_then_it_works_
     asked += [asyncio.ensure_future(storage.get_data(chat(n))) for n in range(3)]
     errors = await asyncio.gather(*asked, return_exceptions=True)
     assert {type(error) for error in errors} <= {StorageTimeout, StorageUnavailable}
-    assert time.monotonic() - began < 1.9
+    assert time.monotonic() - began < 3.8
     other.rollback()
     other.close()
     assert await storage.get_state(chat(1)) == "a"
@@ -576,7 +576,7 @@ async def test_a_connection_that_is_lost_in_the_midst_of_sending_is_left_to_the_
     wire = Wire(f"{settings['HOST']}/.s.PGSQL.{settings['PORT'] or 5432}")
     monkeypatch.setitem(settings, "HOST", "127.0.0.1")
     monkeypatch.setitem(settings, "PORT", wire.port)
-    storage = make_storage()
+    storage = make_storage(timeout=30.0)
     await opened(storage)
     for _ in range(3):
         await asyncio.gather(*(storage.set_state(chat(n), "a") for n in range(9)))
@@ -588,7 +588,7 @@ async def test_a_connection_that_is_lost_in_the_midst_of_sending_is_left_to_the_
             await asyncio.sleep(0)
     wire.cut()
     await asyncio.gather(*writes)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 20
     assert seen.take()[1] > 0
     await storage.close()
     wire.close()

@@ -129,7 +129,7 @@ async def test_the_first_write_after_a_restart_works(
 
 @pytest.mark.parametrize("own_server", ["postgres"], indirect=True)
 async def test_closing_waits_no_longer_than_the_timeout(own_database: str, own_server: Postgres) -> None:
-    storage = DjangoStorage(own_database, database=own_database, timeout=TIMEOUT)
+    storage = DjangoStorage(own_database, database=own_database, timeout=2 * TIMEOUT)
     await asyncio.gather(*(storage.set_state(chat(n), "before") for n in range(20)))
     server = psutil.Process(own_server.pid)
     processes = [server, *server.children(recursive=True)]
@@ -140,7 +140,7 @@ async def test_closing_waits_no_longer_than_the_timeout(own_database: str, own_s
         await asyncio.sleep(0.05)
         began = time.monotonic()
         await storage.close()
-        assert time.monotonic() - began < 1.6 * TIMEOUT
+        assert time.monotonic() - began < 3.8 * TIMEOUT
     finally:
         for process in processes:
             process.resume()
@@ -293,7 +293,7 @@ async def test_a_row_that_somebody_holds_delays_no_other(
     make_storage: Make, database: str, hold: str
 ) -> None:
     """A locked row is left out of the batch and asked for again."""
-    storage = make_storage(timeout=3.0)
+    storage = make_storage(timeout=5.0)
     for n in range(10):
         await storage.set_data(chat(n), {"old": n})
     hold = hold.format(now=now_of(database))
@@ -306,7 +306,7 @@ async def test_a_row_that_somebody_holds_delays_no_other(
         for _ in range(15):
             others = [storage.update_data(chat(n), {"new": n}) for n in range(10) if n != 3]
             await asyncio.gather(*others)
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 4.5
         assert not stuck.done()
         await in_thread(other.rollback)
         assert await asyncio.wait_for(stuck, 20) == {"old": 3, "new": 3}
@@ -315,7 +315,7 @@ async def test_a_row_that_somebody_holds_delays_no_other(
         began = time.monotonic()
         with pytest.raises(CLEAR):
             await storage.update_data(chat(3), {"never": 3})
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 12
         assert await storage.get_data(chat(3)) == {"old": 3, "new": 3}  # reading needs no lock
         await in_thread(other.rollback)
     finally:

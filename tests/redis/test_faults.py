@@ -101,14 +101,14 @@ async def test_slow_redis_is_a_timeout_and_no_other_commands_answer(
     for n in range(50):
         await storage.set_state(key_of(n), f"s{n}")
     with redis.Redis(port=own_redis.port) as raw:
-        raw.client_pause(1500)
+        raw.client_pause(5000)
         started = time.monotonic()
         replies = await asyncio.gather(
             *(storage.get_state(key_of(n)) for n in range(50)),
             storage.set_state(key_of(99), "late"),
             return_exceptions=True,
         )
-        assert 0.3 < time.monotonic() - started < 1.4
+        assert 0.3 < time.monotonic() - started < 4
         assert all(isinstance(reply, AWAY) for reply in replies)
         raw.client_unpause()
         # Only now: a client that is paused waits itself.

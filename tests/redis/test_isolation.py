@@ -228,14 +228,14 @@ async def test_out_of_memory_nobody_enters_and_what_is_held_is_renewed_and_given
     own_redis: RedisServer,
 ) -> None:
     storage = RedisStorage.from_url(own_redis.url, mirror=False, timeout=2.0)
-    isolation = storage.create_isolation(lease=0.6)
+    isolation = storage.create_isolation(lease=2.0)
     with redis.Redis(port=own_redis.port) as raw:
         async with isolation.lock(key_of(1)):
             raw.config_set("maxmemory", "1")
             with pytest.raises(RedisUnavailable, match="OOM"):
                 async with isolation.lock(key_of(2)):
                     pytest.fail("it entered")
-            await asyncio.sleep(1.5)
+            await asyncio.sleep(4.5)
             assert locks(raw) == [LOCK.encode()]
         await none_left(isolation, Keys(own_redis.url, raw))
     await storage.close()

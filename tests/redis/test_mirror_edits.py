@@ -166,14 +166,14 @@ async def test_the_page_does_not_wait_for_a_redis_that_is_away(
     await storage.submit(Claim(storage.lease_key(other(7)), "me", 60.0))
     assert await is_noted(database)
     with redis.Redis.from_url(own_redis.url) as client:
-        client.client_pause(3000)
+        client.client_pause(8000)
     began = time.monotonic()
     assert not await is_noted(database)
-    assert time.monotonic() - began < 2.5, "it waits for a Redis that says nothing"
+    assert time.monotonic() - began < 7, "it waits for a Redis that says nothing"
     own_redis.kill()
     began = time.monotonic()
     assert not await is_noted(database)
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 7
 
 
 async def test_a_storage_that_is_not_configured_has_no_lease_to_show(

@@ -475,8 +475,8 @@ async def test_close_finishes_what_the_loops_connection_gives_back(make, commit,
 
 async def test_what_is_left_for_a_later_turn_has_its_deadline(make, driver):
     driver.is_late = True
-    batcher = make(drive=driver, timeout=0.3)
+    batcher = make(drive=driver, timeout=1.0)
     began = time.monotonic()
     done = await asyncio.gather(*(batcher.ask(("same", n)) for n in range(4)), return_exceptions=True)
     assert {type(error) for error in done} == {StorageTimeout}
-    assert time.monotonic() - began < 0.9
+    assert time.monotonic() - began < 2.9
