@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from glob import glob
 from pathlib import Path
 
 _BEAT = 0.01
@@ -15,28 +15,32 @@ _BEAT = 0.01
 class LoopWatch:
     """The longest gap between two turns of a loop, without what a busy machine is to blame for.
 
-    Time in which the loop's thread was ready to run but got no processor is taken off: on a shared
-    machine that is somebody else's work, and would make the figure a lottery.
+    Time in which a thread of this process was ready to run but got no processor is taken off, also another one's
+    than the loop's: it may have held the interpreter's lock. On a shared machine that is somebody else's work, and
+    would make the figure a lottery.
     """
 
     def __init__(self) -> None:
         self.longest = 0.0
-        self._schedstat = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
-        self._last = self._read()
+        self._last_at, self._last_waits = time.perf_counter(), _waits()
 
     def note(self, expected: float = 0.0) -> None:
         """Note the time since the last note, less `expected`."""
-        now = self._read()
-        elapsed, waited = now[0] - self._last[0], now[1] - self._last[1]
-        self.longest = max(self.longest, elapsed - waited - expected)
-        self._last = now
+        now, waits = time.perf_counter(), _waits()
+        waited = sum(
+            waits[thread] - self._last_waits[thread] for thread in waits.keys() & self._last_waits.keys()
+        )
+        self.longest = max(self.longest, now - self._last_at - waited - expected)
+        self._last_at, self._last_waits = now, waits
 
-    def _read(self) -> tuple[float, float]:
-        try:
-            waited = int(self._schedstat.read_text().split()[1]) / 1e9
-        except OSError:  # no Linux: the figure then includes the machine's noise
-            waited = 0.0
-        return time.perf_counter(), waited
+
+def _waits() -> dict[str, float]:
+    """Return for how long each thread has waited for a processor; empty where there is no Linux."""
+    waits = {}
+    for path in glob("/proc/self/task/*/schedstat"):
+        with suppress(OSError):  # it has just ended
+            waits[path] = int(Path(path).read_text().split()[1]) / 1e9
+    return waits
 
 
 @asynccontextmanager
