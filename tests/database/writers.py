@@ -11,12 +11,14 @@ import signal
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from aiogram import Bot
 from aiogram.fsm.storage.base import StorageKey
 
 from fsm_storage import DjangoStorage, Expired, Expiry, LeaseLost, storages
+from fsm_storage.backends.forks import at_work
 from fsm_storage.exceptions import StorageTimeout
 from fsm_storage.leases import LeaseKeeper
 from fsm_storage.lifecycle import runner
@@ -106,17 +108,18 @@ def fork_after_use(database: str, path: str) -> None:
 
 
 def fork_while_a_thread_starts(database: str, path: str) -> None:
-    """Fork while other threads hold the locks under which a storage is made, and makes its batchers."""
+    """Fork while other threads hold the locks under which a storage is made, and makes its batchers; and while one
+    is in the database's library for longer than a fork waits."""
     note = notes(path)
     warnings.simplefilter("ignore", DeprecationWarning)  # of os.fork() in a process with threads
     storage = storages[database] = DjangoStorage(database, database=database)
     may_end = threading.Event()
 
-    def hold(lock: Any) -> threading.Thread:
+    def hold(lock_of: Callable[[], Any]) -> threading.Thread:
         held = threading.Event()
 
         def run() -> None:
-            with lock:
+            with lock_of():
                 held.set()
                 may_end.wait()
 
@@ -125,7 +128,8 @@ def fork_while_a_thread_starts(database: str, path: str) -> None:
         held.wait()
         return thread
 
-    threads = [hold(lock) for lock in (storage._carrier._starting, storages._lock)]
+    locks = (lambda: storage._carrier._starting, lambda: storages._lock, lambda: at_work.lock)
+    threads = [hold(lock_of) for lock_of in locks]
     pid = os.fork()
     if not pid:
         signal.alarm(20)
