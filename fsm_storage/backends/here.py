@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from fsm_storage.backends.forks import at_work
+from fsm_storage.backends.forks import at_work, close_before_forks
 from fsm_storage.dialects import Plan
 from fsm_storage.dialects.sqlite import LOG_PAGES
 
@@ -39,6 +39,7 @@ class Here:
         self._log, self._frame = log, page + _FRAME_HEADER
         self._length, self._due_length = 0, LOG_PAGES * self._frame
         self._worked, self._pace, self._paused_until = 0.0, 0.0, 0.0
+        close_before_forks(self)
 
     @classmethod
     def on(cls, connection: Any) -> Here | None:
@@ -55,7 +56,7 @@ class Here:
         return cls(connection, may_write=synchronous <= _NORMAL, log=f"{file}-wal", page=page)
 
     def start(self, plan: Plan[Any], begin: str | None, done: Callable[[Any], None]) -> bool:
-        with at_work.lock:
+        with at_work.guard():
             replies = self._answer(plan, begin)
         if replies is None:
             return False
@@ -65,7 +66,7 @@ class Here:
     def _answer(self, plan: Plan[Any], begin: str | None) -> Any:
         """Return the replies; None if there are none, or not now."""
         began = time.monotonic()
-        if began < self._paused_until or (begin is not None and not self._may_begin()):
+        if not self.is_usable or began < self._paused_until or (begin is not None and not self._may_begin()):
             return None
         replies = None
         try:
@@ -87,7 +88,9 @@ class Here:
         return True
 
     def close(self) -> None:
-        self._connection.close()
+        with at_work.guard():
+            self.is_usable = False
+            self._connection.close()
 
     def _may_begin(self) -> bool:
         return self._may_write and not self._is_checkpoint_due()

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from fsm_storage.backends.forks import at_work
 from fsm_storage.backends.here import Here
 from fsm_storage.dialects import Dialect, Plan
 
@@ -131,7 +130,7 @@ class Near:
     def _open(self, dialect: Dialect, prepares: Callable[[BaseDatabaseWrapper], bool]) -> None:
         generation, wrapper, connection = self._generation, None, None
         # Whatever it is: the worker's own connection meets the same, and says so.
-        with at_work.lock, suppress(Exception):
+        with suppress(Exception):
             wrapper = connections.create_connection(self._database)
             connection = self._connect(wrapper, dialect, prepares)
         if wrapper is None or connection is None:

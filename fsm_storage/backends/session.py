@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -25,7 +25,7 @@ from django.db import (
 )
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from fsm_storage.backends.forks import at_work, keep, let_go
+from fsm_storage.backends.forks import at_work
 from fsm_storage.backends.options import check_database
 from fsm_storage.backends.unit import Unit
 from fsm_storage.dialects import (
@@ -60,6 +60,7 @@ logger = logging.getLogger("fsm_storage")
 GIVE_UP_SHARE = 0.05
 """Stop trying this share of the timeout before the caller stops waiting, so that it learns the cause."""
 MAX_CONTENDED = 1000
+_NO_GUARD = nullcontext()
 
 
 class Session:
@@ -129,7 +130,7 @@ class Session:
         while True:
             unit = self._unit()
             try:
-                with at_work.lock, unit.transaction(wait=self.timeout):
+                with self.guard, unit.transaction(wait=self.timeout):
                     replies = self._until_done(partial(self._write_waiting, unit, scope), writes, deadline)
                     for reply in replies:
                         if isinstance(reply, BaseException) and (
@@ -199,12 +200,20 @@ class Session:
     def release(self) -> None:
         """Close this thread's connection."""
         self._thread.connection = None
-        let_go(self.database)
-        with at_work.lock, suppress(Error):
+        with self.guard, suppress(Error):
             connections[self.database].close()
 
+    @property
+    def guard(self) -> AbstractContextManager[Any]:
+        """What the calling thread holds while it is in the database's library, where a fork minds it."""
+        is_embedded = self._dialect is not None and self._dialect.is_embedded
+        return at_work.guard() if is_embedded else _NO_GUARD
+
     def _unit(self) -> Unit:
-        return Unit(connections[self.database], self.dialect)
+        wrapper = connections[self.database]
+        if at_work.is_ours:
+            at_work.keep(wrapper)
+        return Unit(wrapper, self.dialect)
 
     def _each(
         self, ops: Sequence[Any], run: Callable[[Unit, Sequence[Any]], list[Any]], deadline: float
@@ -227,7 +236,7 @@ class Session:
         while True:
             unit = self._unit()
             try:
-                with at_work.lock:
+                with self.guard:
                     return run(unit)
             except Error as error:
                 if not self._may_retry(unit, error, deadline, attempt):
@@ -251,7 +260,6 @@ class Session:
             for sql in unit.dialect.session(self.timeout):
                 unit.execute(sql)
             self._thread.connection = connection.connection
-            keep(self.database, connection.connection)
             self._thread.direct = self._direct(unit)
             self._thread.dialect = unit.dialect.at(getattr(connection, "pg_version", 0))
         unit.direct, unit.dialect = self._thread.direct, self._thread.dialect

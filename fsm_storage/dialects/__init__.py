@@ -239,6 +239,8 @@ class Naming(NamedTuple):
 class Dialect(Protocol):
     """One database family."""
 
+    is_embedded: bool
+    """There is no server: the library works on a file, in this process and under locks of the whole process."""
     reads_apart: bool
     """Reads do not wait for a commit when they have a connection of their own."""
     writers: int

@@ -50,6 +50,7 @@ _MARGIN = 64 * 1024
 class MySQL:
     """See `Dialect`."""
 
+    is_embedded = False
     reads_apart = True
     writers = 1
     write_begin = "START TRANSACTION"

@@ -130,6 +130,7 @@ def _common(write: _Batched | Write) -> tuple[Any, ...]:
 class PostgreSQL:
     """See `Dialect`. `returns_old`: the server can return the old row, as PostgreSQL does from 18 on."""
 
+    is_embedded = False
     reads_apart = True
     writers = 2
     write_begin = None

@@ -148,6 +148,7 @@ _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 class SQLite:
     """See `Dialect`."""
 
+    is_embedded = True
     reads_apart = False
     writers = 1
     write_begin = "BEGIN IMMEDIATE"

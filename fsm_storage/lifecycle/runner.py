@@ -26,6 +26,7 @@ from django.db.models import TextField
 from django.db.models.functions import Cast
 
 from fsm_storage.backends.django import DjangoStorage
+from fsm_storage.backends.forks import at_work
 from fsm_storage.dialects import TOGETHER
 from fsm_storage.exceptions import CorruptData, FSMStorageError, VersionConflict
 from fsm_storage.leases import Lease, LeaseKeeper
@@ -46,7 +47,7 @@ DRAIN = 5.0
 """Seconds that handlers get to finish when the process shuts down."""
 MAX_BACK_OFF = 60.0
 MAX_SETBACKS = 1000
-"""So many that failed may wait for their next attempt; past them, nothing new is begun."""
+"""Where so many that failed wait for their next attempt, nothing new is begun."""
 CONTENDED_PAUSE = 0.2
 GATHER = 0.05
 """Seconds in which more handlers may finish, before the next are looked for."""
@@ -87,8 +88,8 @@ class Runner:
         self._workflow = workflow
         self._keeper = LeaseKeeper(storage, LEASE)
         # Not Django's own thread, in which the bot's synchronous code waits for its turn.
-        self._thread = ThreadPoolExecutor(1, "fsm_storage expiry")
-        self._sweeping = ThreadPoolExecutor(1, "fsm_storage sweep")
+        self._thread = ThreadPoolExecutor(1, "fsm_storage expiry", at_work.join)
+        self._sweeping = ThreadPoolExecutor(1, "fsm_storage sweep", at_work.join)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._setbacks: dict[tuple[str, Part, datetime], Setback] = {}
 
@@ -150,14 +151,16 @@ class Runner:
     async def _begin_due(self) -> float:
         """Start the handlers for which there is room; return how long nothing else can be done."""
         room = self._expiry.concurrency - len(self._tasks)
-        if room <= 0 or not self._bots or len(self._setbacks) >= MAX_SETBACKS + self._expiry.concurrency:
+        if room <= 0 or not self._bots:
             return self._expiry.interval
+        is_full = len(self._setbacks) >= MAX_SETBACKS
         # More than there is room for, of which any: processes that look at the same time shall not want the same.
         limit = 4 * room + len(self._tasks) + len(self._setbacks)
         found = await self._retried(partial(self._select, limit))
-        if len(found) < limit:
-            self._forget_all_but(found)
-        ready = list(dict.fromkeys(case.record_key for case in found if self._is_ready(case)))[: 4 * room]
+        if is_full or len(found) < limit:
+            await self._forget_all_but(found)
+        which = [case for case in found if case.name in self._setbacks] if is_full else found
+        ready = list(dict.fromkeys(case.record_key for case in which if self._is_ready(case)))[: 4 * room]
         wanted = random.sample(ready, min(room, len(ready)))
         if not wanted:
             return min(await self._retried(self._seconds_to_next), self._seconds_to_retry())
@@ -165,12 +168,22 @@ class Runner:
         await self._begin(leases)
         return 0.0 if leases else CONTENDED_PAUSE
 
-    def _forget_all_but(self, found: Collection[Case]) -> None:
+    async def _forget_all_but(self, found: Collection[Case]) -> None:
         """Forget the setbacks of what is no longer there to be tried again: it was renewed, or done elsewhere."""
         now, names = time.monotonic(), {case.name for case in found}
-        for name, setback in list(self._setbacks.items()):
-            if name not in names and setback.not_before <= now and name[0] not in self._tasks:
-                del self._setbacks[name]
+        missing = [
+            name
+            for name, setback in self._setbacks.items()
+            if name not in names and setback.not_before <= now and name[0] not in self._tasks
+        ]
+        if not missing:
+            return
+        # It may also be claimed: by a handler of the bot, or still by the last attempt.
+        cases = await self._retried(partial(self._look, {name[0] for name in missing}))
+        there = {case.name for case in cases}
+        for name in missing:
+            if name not in there:
+                self._setbacks.pop(name, None)
 
     def _is_ready(self, case: Case) -> bool:
         if case.record_key in self._tasks:

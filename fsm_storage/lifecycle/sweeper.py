@@ -70,11 +70,12 @@ class Sweeper:
             total += swept
             yield total
             _rest(began)
-        began = time.monotonic()
-        for _ in Roller(self.storage.database, self.batch_size).roll():
+        roller, is_all = Roller(self.storage.database, self.batch_size), False
+        while not is_all:
+            began = time.monotonic()
+            _, is_all = self.storage.retried(roller.step)
             yield total
             _rest(began)
-            began = time.monotonic()
 
     def prune(self, keep: timedelta) -> Iterator[Swept]:
         """Delete the storage's transitions that are older than `keep`; yield the count after each batch.

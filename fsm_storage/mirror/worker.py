@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 from django.db.models import Max
 from redis.exceptions import RedisError, ResponseError
 
+from fsm_storage.backends.forks import at_work
 from fsm_storage.backends.redis import RedisStorage
 from fsm_storage.backends.wire import Wire, wire_for
 from fsm_storage.backends.writing import Command
@@ -96,7 +97,7 @@ class Mirror:
         self._stopping = asyncio.Event()
         self._last_at = math.inf
         # One thread for all that is asked of the database: it has one connection.
-        self._thread = ThreadPoolExecutor(1, f"fsm_storage {storage.alias} mirror")
+        self._thread = ThreadPoolExecutor(1, f"fsm_storage {storage.alias} mirror", at_work.join)
         self._sweep_at = self._missed_at = self._measure_at = self._complain_at = 0.0
         self._ahead: float | None = None
         self._complaint = ""

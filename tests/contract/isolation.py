@@ -15,6 +15,7 @@ from aiogram.fsm.storage.base import StorageKey
 
 from fsm_storage import DjangoEventIsolation, DjangoStorage, LeaseLost, LeaseTimeout, RedisStorage
 from fsm_storage.exceptions import StorageClosed
+from fsm_storage.leases import Lease
 from tests.contract.places import Isolate, Place, all_given_back, none_left, noted, overlaps
 from tests.database.test_loops import in_threads
 from tests.database.writers import key_of
@@ -56,17 +57,17 @@ class IsolationContract:
         entered = int(notes.read_text().split()[1]) / 1e9
         async with isolate().lock(ONE):
             waited = time.monotonic() - entered
-        # Its claim was sent, and counted by the server, a little before it entered.
-        assert waited > lease - 0.5
-        # It may have been renewed once, and a busy machine takes its time.
-        assert waited < 3 * lease
+        # Its claim was counted by the server before it entered; a busy machine takes its time in between.
+        assert waited > lease / 3
+        # It may have been renewed until it was killed.
+        assert waited < 6 * lease
 
     @pytest.mark.slow
     async def test_a_holder_that_was_stopped_for_two_lease_times_is_refused(
         self, isolate: Isolate, storage: Storage, place: Place, notes: Path
     ) -> None:
         holder = await asyncio.to_thread(place.start, "hold_for_ever", notes, place.lease)
-        await noted(notes, "wrote 5\n")
+        await noted(notes, "wrote 2\n")
         os.kill(holder.pid, signal.SIGSTOP)
         try:
             async with isolate(lease=30).lock(ONE):
@@ -102,10 +103,11 @@ class IsolationContract:
             await none_left(isolation, place)
 
     @pytest.mark.slow
-    async def test_a_handler_that_takes_three_lease_times_keeps_its_lease(
+    async def test_a_handler_that_takes_longer_than_its_lease_keeps_it(
         self, isolate: Isolate, key: StorageKey
     ) -> None:
-        lease, ends = 2.0, []
+        """It has to be renewed twice, and a busy machine may stand still for two seconds."""
+        lease, ends = 4.5, []
 
         async def wait() -> None:
             async with isolate(lease=lease).lock(key):
@@ -113,7 +115,7 @@ class IsolationContract:
 
         async with isolate(lease=lease).lock(key):
             other = asyncio.create_task(wait())
-            await asyncio.sleep(3 * lease)
+            await asyncio.sleep(1.6 * lease)
             ends.append("long")
         await other
         assert ends == ["long", "other"]
@@ -179,7 +181,10 @@ class IsolationContract:
         self, isolate: Isolate, storage: Storage, place: Place
     ) -> None:
         isolation = isolate(timeout=timedelta(seconds=0.2))
+        lines = isolation._open()[1]
+        timeout, lines.timeout = lines.timeout, 30.0  # for who does not stand in line
         async with isolation.lock(ONE):
+            lines.timeout = timeout
             began = time.monotonic()
             with pytest.raises(LeaseTimeout, match=r"' not granted within 0\.2 s") as caught:
                 async with isolation.lock(ONE):
@@ -191,6 +196,7 @@ class IsolationContract:
 
     async def test_a_waiter_for_another_process_has_a_timeout(self, isolate: Isolate, place: Place) -> None:
         one, other = isolate(), isolate(timeout=1.0)
+        other._open()[1].patience = 0.5  # a busy machine may give the first answer only after the timeout
         async with one.lock(ONE):
             began = time.monotonic()
             with pytest.raises(LeaseTimeout, match=r"' not granted within 1\.0 s"):
@@ -234,7 +240,7 @@ class IsolationContract:
         self, isolate: Isolate, storage: Storage, place: Place
     ) -> None:
         """The process does not know it yet; whatever the way in which the storage writes."""
-        isolation, name = isolate(), storage.lease_key(ONE)
+        isolation, name = isolate(lease=300), storage.lease_key(ONE)  # no renewal finds out
         await storage.set_data(ONE, {"a": 1})
         async with isolation.lock(ONE):
             await storage.set_state(ONE, "in time")
@@ -266,9 +272,9 @@ class IsolationContract:
         name = storage.lease_key(ONE)
 
         async def handle() -> None:
-            async with isolate(lease=0.6).lock(ONE):
-                await in_thread(place.take_away)
+            async with isolate(lease=1.5).lock(ONE):
                 try:
+                    await in_thread(place.take_away)
                     await asyncio.sleep(60)
                 except asyncio.CancelledError as error:
                     met.append(str(error))
@@ -280,6 +286,23 @@ class IsolationContract:
         current = asyncio.current_task()
         assert current is not None
         assert current.cancelling() == 0
+
+    async def test_a_lease_that_is_lost_on_the_way_in_cancels_too(
+        self, isolate: Isolate, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        isolation = isolate()
+        lines = isolation._open()[1]
+        enter = lines.enter
+
+        async def lose(key: str) -> Lease:
+            lease = await enter(key)
+            lines.keeper.lose(lease)
+            return lease
+
+        monkeypatch.setattr(lines, "enter", lose)
+        with pytest.raises(LeaseLost):
+            async with isolation.lock(ONE):
+                await asyncio.sleep(60)
 
     async def test_a_handler_that_ends_before_it_learns_of_it_is_told_too(
         self, isolate: Isolate, storage: Storage

@@ -12,6 +12,8 @@ from tests.conftest import MARIADB, NO_MARIADB, POSTGRES, POSTGRES16, SQLITE
 from tests.rows import in_thread, let_time_pass
 
 Make = Callable[..., DjangoStorage]
+PATIENT = {"timeout": 30.0}
+"""A busy machine stands still for seconds, and where there is little room everybody waits for everybody."""
 
 
 @pytest.fixture(params=[SQLITE, POSTGRES, POSTGRES16, MARIADB])
@@ -26,11 +28,11 @@ class DjangoContract(StorageContract):
 
     @pytest.fixture
     def storage(self, make_storage: Make) -> DjangoStorage:
-        return make_storage(**self.options)
+        return make_storage(**PATIENT, **self.options)
 
     @pytest.fixture
     def expiring_storage(self, make_storage: Make) -> DjangoStorage:
-        return make_storage(state_ttl=LIFETIME, data_ttl=LIFETIME, **self.options)
+        return make_storage(state_ttl=LIFETIME, data_ttl=LIFETIME, **PATIENT, **self.options)
 
     async def advance(self, storage: BaseStorage, seconds: float) -> None:
         await in_thread(let_time_pass, storage.database, seconds)

@@ -21,7 +21,8 @@ class RedisContract(StorageContract, without={"keys"}):
         made: list[RedisStorage] = []
 
         def make(**options: Any) -> RedisStorage:
-            made.append(RedisStorage.from_url(redis_url, **{"mirror": "apart", **self.options, **options}))
+            chosen = {"mirror": "apart", "timeout": 30.0, **self.options, **options}
+            made.append(RedisStorage.from_url(redis_url, **chosen))
             return made[-1]
 
         self.make = make

@@ -153,17 +153,16 @@ async def test_a_lone_read_is_one_statement(storage: DjangoStorage, statements: 
 
 
 @ON_SERVERS
-async def test_reads_do_not_wait_for_a_commit_on_a_server(
-    storage: DjangoStorage, statements: Statements
-) -> None:
+async def test_reads_do_not_wait_for_a_commit_on_a_server(make_storage: Make, statements: Statements) -> None:
     """The writer's thread is held up, and reads go on."""
+    storage = make_storage(timeout=25)
     await storage.set_state(chat(1), "a")
     await storage.get_state(chat(1))
     with statements.held(only="writes"):
         write = asyncio.ensure_future(storage.set_state(chat(1), "b"))
         while not statements.someone_is_held():
             await asyncio.sleep(0.002)
-        assert await asyncio.wait_for(storage.get_state(chat(1)), 2) == "a"
+        assert await asyncio.wait_for(storage.get_state(chat(1)), 15) == "a"
     await write
     assert await storage.get_state(chat(1)) == "b"
 

@@ -241,7 +241,7 @@ async def test_the_sweep_goes_in_batches(make_storage: Make, database: str) -> N
 
 async def test_the_sweep_never_takes_what_was_renewed(make_storage: Make, database: str) -> None:
     """Bot and sweep work on the same expired records at the same time."""
-    storage = make_storage(state_ttl=100, data_ttl=100)
+    storage = make_storage(state_ttl=100, data_ttl=100, timeout=30)
     for _ in range(5):
         await asyncio.gather(*(storage.set_state(chat(n), "old") for n in range(60)))
         await asyncio.gather(*(storage.set_data(chat(n), {"old": n}) for n in range(60)))
@@ -257,7 +257,7 @@ async def test_the_sweep_never_takes_what_was_renewed(make_storage: Make, databa
 
 
 async def test_sweepers_at_the_same_time_do_each_record_once(make_storage: Make, database: str) -> None:
-    storage = make_storage(state_ttl=100, data_ttl=100)
+    storage = make_storage(state_ttl=100, data_ttl=100, timeout=30)
     await asyncio.gather(*(storage.set_state(chat(n), f"s{n}") for n in range(80)))
     await asyncio.gather(*(storage.set_data(chat(n), {"n": n}) for n in range(80)))
     await pass_time(storage, 150)
@@ -358,10 +358,12 @@ async def test_a_ttl_of_a_wrong_type_is_refused(storage: DjangoStorage, key: Sto
 async def test_a_context_with_a_ttl(make_storage: Make, database: str, key: StorageKey) -> None:
     context = FSMContext(make_storage(state_ttl=1000, data_ttl=1000), key)
     await with_ttl(context, 15).set_state("payment")
+    before = await in_thread(record, database)
+    assert (before.state, lifetime(before, "state")) == ("payment", 15)
     assert await with_ttl(context, timedelta(seconds=25)).update_data({"n": 1}, m=2) == {"n": 1, "m": 2}
     row = await in_thread(record, database)
-    assert (row.state, lifetime(row, "state"), row.data) == ("payment", 15, {"n": 1, "m": 2})
-    assert lifetime(row, "data") == 25
+    assert (row.state, row.state_expires_at) == ("payment", before.state_expires_at)
+    assert (row.data, lifetime(row, "data")) == ({"n": 1, "m": 2}, 25)
     await with_ttl(context, None).set_data({"n": 3})
     assert lifetime(await in_thread(record, database), "data") is None
     await context.set_state("next")

@@ -240,7 +240,7 @@ async def test_a_failing_handler_is_called_again_then_reported(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(runner, "MAX_BACK_OFF", 0.05)
+    monkeypatch.setattr(runner, "MAX_BACK_OFF", 0.5)
     expiry.attempts = 3
     attempts: list[tuple[int, int]] = []
 
@@ -263,6 +263,55 @@ async def test_a_failing_handler_is_called_again_then_reported(
     assert errors[0].exc_info is not None
     assert await in_thread(records, database) == []
     assert not await in_thread(FSMLease.objects.using(database).exists)
+
+
+async def test_many_that_fail_keep_new_ones_waiting_but_not_each_other(
+    expiry: Expiry, storage: DjangoStorage, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "MAX_BACK_OFF", 0.2)
+    monkeypatch.setattr(runner, "MAX_SETBACKS", 2)
+    expiry.attempts, expiry.concurrency = 2, 1
+    attempts: list[tuple[int, int]] = []
+
+    @expiry.handler(Order.payment)
+    async def fail(expired: Expired) -> None:
+        attempts.append((expired.key.chat_id, expired.attempt))
+        raise ZeroDivisionError("on purpose")
+
+    for number in range(1, 7):
+        await talk(storage, number)
+    await expire(storage)
+    async with running(expiry, storage):
+        await cleared(database)
+    assert sorted(attempts) == [(number, attempt) for number in range(1, 7) for attempt in (1, 2)]
+
+
+async def test_an_attempt_is_not_forgotten_while_the_bot_works_on_the_conversation(
+    expiry: Expiry, storage: DjangoStorage, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsm_storage.leases import LeaseKeeper
+
+    monkeypatch.setattr(runner, "MAX_BACK_OFF", 0.1)
+    attempts: list[int] = []
+    keeper = LeaseKeeper(storage, 60)
+
+    @expiry.handler(Order.payment)
+    async def fail_once(expired: Expired) -> None:
+        attempts.append(expired.attempt)
+        if expired.attempt == 1:
+            raise ZeroDivisionError("on purpose")
+
+    await talk(storage, 1)
+    await expire(storage)
+    async with running(expiry, storage):
+        await until(lambda: bool(attempts))
+        while (lease := await keeper.acquire(storage.key_text(chat(1)))) is None:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(1.0)  # past the next attempt, and looked for several times
+        keeper.release(lease)
+        await cleared(database)
+    await keeper.close()
+    assert attempts == [1, 2]
 
 
 async def test_a_failure_is_forgotten_when_its_record_was_renewed(
@@ -382,8 +431,10 @@ async def test_only_the_conversations_of_the_own_bots_are_handled(
         await storage.set_state(chat(7, bot=number), Order.payment)
     await expire(storage)
     async with running(expiry, storage, bot(1), bot(2)):
-        await until(lambda: len(calls) == 2)
-        await asyncio.sleep(0.2)
+        async with asyncio.timeout(30):
+            while len(await in_thread(records, database)) > 1:
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(0.2)  # in which the third one's is not handled
     assert sorted(calls) == [1, 2]
     assert [row.bot_id for row in await in_thread(records, database)] == [3]
 

@@ -15,7 +15,7 @@ from tests.rows import in_thread, let_time_pass
 
 Make = Callable[..., DjangoStorage]
 
-EXPIRIES, LEASE = 400, 2.0
+EXPIRIES, LEASE = 400, 3.0
 
 
 def lines(path: Path) -> list[list[str]]:
@@ -48,7 +48,7 @@ async def fill(storage: DjangoStorage, expiries: int) -> None:
 def run_and_kill(database: str, launcher: Launcher, notes: Path, expiries: int) -> None:
     """Three processes handle, one of them is killed on the way; a fourth renews every tenth chat."""
     renewed = list(range(5, expiries, 10))
-    handlers = [launcher.start("handle_expiries", database, str(notes), 1, LEASE, 0.01) for _ in range(3)]
+    handlers = [launcher.start("handle_expiries", database, str(notes), 1, LEASE, 0.01, 3) for _ in range(3)]
     renewer = launcher.start("renew_expired", database, str(notes), renewed[::-1])
     try:
         victim = handlers[1]
@@ -94,8 +94,8 @@ async def test_what_expired_while_no_process_ran_is_handled_later(
     await fill(storage, 30)
 
     def run() -> None:
-        pid = launcher.start("handle_expiries", database, str(notes), 1, LEASE, 0.0)
-        wait_for(lambda: overdue(database) == 0)
+        pid = launcher.start("handle_expiries", database, str(notes), 1, LEASE, 0.0, 1)
+        wait_for(lambda: overdue(database) == 0, 60)
         launcher.kill(pid)
 
     await in_thread(run)

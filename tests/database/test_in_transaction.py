@@ -102,7 +102,7 @@ class TestThatAreNotSwitched(TestCase):
             version=1,
             destiny="default",
         )
-        plain, switched = DjangoStorage("other", timeout=0.3), DjangoStorage("other", in_transaction=True)
+        plain, switched = DjangoStorage("other"), DjangoStorage("other", in_transaction=True)
         assert async_to_sync(switched.get_state)(KEY) == "a"
         assert async_to_sync(plain.get_state)(KEY) is None
 

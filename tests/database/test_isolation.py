@@ -80,8 +80,14 @@ class TestPromises(IsolationContract):
 
 
 async def test_a_line_of_waiters_takes_the_lease_once(
-    isolate: Isolate, statements: Statements, key: StorageKey, database: str, place: Table
+    isolate: Isolate,
+    statements: Statements,
+    key: StorageKey,
+    database: str,
+    place: Table,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("fsm_storage.isolation.TURN_SECONDS", 60.0)  # a busy machine stands still for longer
     isolation = isolate()
 
     async def work() -> None:

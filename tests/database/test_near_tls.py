@@ -60,7 +60,7 @@ def wire(
 
 @pytest.fixture
 def storage(wire: TlsWire, make_storage: Callable[..., DjangoStorage]) -> Iterator[DjangoStorage]:
-    storage = make_storage()
+    storage = make_storage(timeout=20)
     yield storage
     storage.shut()
 
@@ -122,7 +122,7 @@ async def hoard(storage: DjangoStorage, seen: Seen, times: int) -> None:
 
 async def warm(storage: DjangoStorage, seen: Seen) -> None:
     """Have as many connections opened as 64 chats use at a time."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         seen.take()
         while True:
             writes = [storage.set_state(chat(number), "warm") for number in range(64)]

@@ -486,6 +486,7 @@ def test_old_code_that_never_stops_is_named(
     with pytest.raises(StillInUse, match=r"Rename state Form:name to a.*: \d+ were changed.*stop it"):
         migrate(RenameState("Form:name", "a"))
     monkeypatch.setattr(DjangoStorage, "put", put)
+    monkeypatch.setattr(base, "CATCH_UP_SECONDS", 60.0)
     migrate(RenameState("Form:name", "a"))
     assert states(database) == {1: "a"}
 

@@ -105,6 +105,45 @@ def test_a_fork_in_the_midst_of_a_write_is_harmless(database: str, launcher: Lau
     assert notes.read_text().splitlines() == [f"child {number}" for number in range(forks)]
 
 
+def test_a_child_keeps_its_writes_on_sqlite_when_its_parent_closes(tmp_path: Path) -> None:
+    """SQLite would not lock the file again, and who closes it last would delete the log with the child's commits."""
+    code = """
+import asyncio, os, sqlite3, sys, warnings
+import django
+from django.core.management import call_command
+django.setup()
+from django.conf import settings
+from django.db import connections
+from fsm_storage import DjangoStorage, StorageKey
+
+warnings.simplefilter("ignore", DeprecationWarning)  # of os.fork() in a process with threads
+
+async def write(first, last):
+    for n in range(first, last):
+        await storage.set_state(StorageKey(1, n, n), "kept")
+
+call_command("migrate", database="default", verbosity=0)
+connections.close_all()
+storage = DjangoStorage()
+asyncio.run(write(0, 20))
+closed, say_closed = os.pipe()
+begun, say_begun = os.pipe()
+if not (pid := os.fork()):
+    asyncio.run(write(20, 30))
+    os.write(say_begun, b"x")
+    os.read(closed, 1)
+    asyncio.run(write(30, 40))
+    os._exit(0)  # as one that is killed
+os.read(begun, 1)
+asyncio.run(storage.close())
+os.write(say_closed, b"x")
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+file = sqlite3.connect(settings.DATABASES["default"]["NAME"])
+assert file.execute("SELECT count(*) FROM fsm_storage_record WHERE state = 'kept'").fetchone() == (40,)
+"""
+    run_python(code, env={"FSM_TEST_DIR": str(tmp_path)})
+
+
 @pytest.mark.django_db(transaction=True, databases=list(settings.DATABASES), available_apps=["fsm_storage"])
 def test_a_process_ends_by_itself_with_storages_left_open() -> None:
     """The worker threads do not keep the interpreter from ending."""
@@ -117,7 +156,7 @@ async def main():
         await storages[alias].set_state(StorageKey(1, 2, 3), "left")
 asyncio.run(main())
 """
-    run_python(code, timeout=30)
+    run_python(code, timeout=90)
     for database in settings.DATABASES:
         assert record(database, chat_id=2).state == "left"
 

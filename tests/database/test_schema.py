@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,11 @@ async def test_an_unmigrated_database_is_named_with_what_to_do(fresh: str) -> No
     await storage.close()
 
 
-async def test_an_additive_migration_fails_no_call(storage: DjangoStorage, database: str) -> None:
+async def test_an_additive_migration_fails_no_call(
+    make_storage: Callable[..., DjangoStorage], database: str
+) -> None:
     """The old code goes on, on the new table."""
+    storage = make_storage(timeout=20)
     goes_on = True
     count = 0
 
@@ -82,7 +86,7 @@ async def test_an_additive_migration_fails_no_call(storage: DjangoStorage, datab
 
     async def wait_for_more() -> None:
         goal = count + 60
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             while count < goal:
                 await asyncio.sleep(0.005)
 

@@ -47,6 +47,12 @@ class Ear:
         return short
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write waits for its receivers, also where a busy machine stands still."""
+    monkeypatch.setattr(signals, "PATIENCE", 30.0)
+
+
 @pytest.fixture
 def ear() -> Iterator[Ear]:
     ear = Ear()
@@ -195,14 +201,14 @@ async def test_a_slow_receiver_lets_the_write_return(
     state_changed.connect(dawdle)
     try:
         with caplog.at_level(logging.WARNING, "fsm_storage"):
-            await asyncio.wait_for(storage.set_state(key, "a"), 5)
+            await asyncio.wait_for(storage.set_state(key, "a"), 20)
     finally:
         state_changed.disconnect(dawdle)
     assert await storage.get_state(key) == "a"
     assert "are slow" in caplog.text
     assert not done.is_set()
     go_on.set()
-    await asyncio.wait_for(done.wait(), 5)  # it was not cancelled
+    await asyncio.wait_for(done.wait(), 20)  # it was not cancelled
 
 
 async def test_what_a_cancelled_caller_wrote_is_told(

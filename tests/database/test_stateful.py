@@ -45,7 +45,7 @@ values = st.recursive(
     max_leaves=5,
 )
 data = st.dictionaries(names, values, max_size=3)
-STEPS = [30, 60, 101]
+STEPS = [300, 600, 1010]
 """Seconds that pass at a time: never so that something expires within the test's own running time."""
 
 
@@ -92,8 +92,8 @@ class Machine(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
 
     @initialize(
-        state_ttl=st.sampled_from([None, 50, 100]),
-        data_ttl=st.sampled_from([None, 50, 100]),
+        state_ttl=st.sampled_from([None, 500, 1000]),
+        data_ttl=st.sampled_from([None, 500, 1000]),
         history=st.sampled_from(["off", "states", "full"]),
         batch_size=st.sampled_from([1, 2, 256]),
     )

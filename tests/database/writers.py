@@ -12,13 +12,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from aiogram import Bot
 from aiogram.fsm.storage.base import StorageKey
 
 from fsm_storage import DjangoStorage, Expired, Expiry, LeaseLost, storages
-from fsm_storage.backends.forks import at_work
+from fsm_storage.backends import forks
 from fsm_storage.exceptions import StorageTimeout
 from fsm_storage.leases import LeaseKeeper
 from fsm_storage.lifecycle import runner
@@ -80,7 +81,7 @@ def create_together(database: str, path: str, who: str, start_at: float, chats: 
     note = notes(path)
 
     async def main() -> None:
-        storage = DjangoStorage(database, database=database)
+        storage = DjangoStorage(database, database=database, timeout=30)
         await storage.get_state(key_of(0))  # the connections are open before the race
         await asyncio.sleep(start_at - asyncio.get_running_loop().time())
         await asyncio.gather(*(storage.update_data(key_of(chat), {who: chat}) for chat in range(chats)))
@@ -128,8 +129,9 @@ def fork_while_a_thread_starts(database: str, path: str) -> None:
         held.wait()
         return thread
 
-    locks = (lambda: storage._carrier._starting, lambda: storages._lock, lambda: at_work.lock)
+    locks = (lambda: storage._carrier._starting, lambda: storages._lock, forks.at_work.guard)
     threads = [hold(lock_of) for lock_of in locks]
+    forks.PATIENCE = 0.2
     pid = os.fork()
     if not pid:
         signal.alarm(20)
@@ -144,7 +146,7 @@ def fork_while_a_thread_starts(database: str, path: str) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def fork_while_a_thread_writes(database: str, path: str, forks: int) -> None:
+def fork_while_a_thread_writes(database: str, path: str, count: int) -> None:
     """Fork again and again while another thread is in the database's library, and use it in each child.
 
     Notes each child, and what the storage says of a connection that did not stand it.
@@ -152,7 +154,9 @@ def fork_while_a_thread_writes(database: str, path: str, forks: int) -> None:
     note = notes(path)
     warnings.simplefilter("ignore", DeprecationWarning)  # of os.fork() in a process with threads
     storage = DjangoStorage(database, database=database, timeout=20)
+    forks.PATIENCE = 10.0  # a busy machine stands still for longer than a fork waits
     watch = logging.Handler()
+    watch.addFilter(lambda entry: "locked" not in entry.getMessage())  # as SQLite is while one stands still
     watch.emit = lambda entry: note(entry.getMessage())  # type: ignore[method-assign]
     logging.getLogger("fsm_storage").addHandler(watch)
     logging.getLogger("fsm_storage").setLevel(logging.INFO)
@@ -169,7 +173,7 @@ def fork_while_a_thread_writes(database: str, path: str, forks: int) -> None:
     writer = threading.Thread(target=asyncio.run, args=(write(),))
     writer.start()
     has_begun.wait()
-    for number in range(forks):
+    for number in range(count):
         time.sleep(random.uniform(0, 0.01))
         pid = os.fork()
         if not pid:
@@ -221,19 +225,28 @@ def take_turns(
     database: str, path: str, who: str, seconds: float, tasks: int, owner: str | None = None
 ) -> None:
     """See `turns`."""
-    storage = DjangoStorage(database, database=database)
+    storage = DjangoStorage(database, database=database, timeout=30)
     asyncio.run(turns.take_turns(storage, path, who, seconds, tasks, owner))
 
 
-def handle_expiries(database: str, path: str, bot_id: int, lease: float, work: float) -> None:
-    """Handle what expires, for `work` seconds each, until killed. Notes the chat when a handler begins."""
+def handle_expiries(database: str, path: str, bot_id: int, lease: float, work: float, processes: int) -> None:
+    """Handle what expires, for `work` seconds each, until killed. Notes the chat when a handler begins.
+
+    Nothing is finished before so many `processes` have begun something: one may stand still for a while.
+    """
     note = notes(path)
+    all_have_begun = False
     runner.LEASE = lease
     expiry = Expiry(interval=0.5)
 
     @expiry.handler()
     async def handle(expired: Expired) -> None:
+        nonlocal all_have_begun
         note(f"handled {expired.key.chat_id} {os.getpid()}")
+        while not all_have_begun:
+            handled = [line for line in Path(path).read_text().splitlines() if line.startswith("handled")]
+            all_have_begun = len({line.split()[-1] for line in handled}) >= processes
+            await asyncio.sleep(0.01)
         await asyncio.sleep(work)
 
     async def main() -> None:
@@ -298,4 +311,4 @@ def hold_for_ever(database: str, path: str, lease: float) -> None:
 def lock_after_fork(database: str, path: str) -> None:
     """See `turns`."""
     warnings.simplefilter("ignore", DeprecationWarning)  # of os.fork()
-    asyncio.run(turns.lock_after_fork(DjangoStorage(database, database=database), path, 2.0))
+    asyncio.run(turns.lock_after_fork(DjangoStorage(database, database=database), path, 3.0))

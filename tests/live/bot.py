@@ -15,8 +15,13 @@ async def main(state: str, url: str = "") -> None:
     from aiogram.fsm.storage.base import StorageKey
 
     from fsm_storage import RedisStorage, storages
+    from fsm_storage.live.broadcasting import Broadcaster
+    from fsm_storage.mirror import worker
 
-    storage = RedisStorage.from_url(url) if url else storages["default"]
+    # At its end it waits for what was not told or mirrored yet, also on a machine that stands still for a while.
+    Broadcaster.finish.__defaults__ = (30.0,)
+    worker.LAST_SECONDS = 30.0
+    storage = RedisStorage.from_url(url, timeout=30) if url else storages["default"]
     key = StorageKey(bot_id=42, chat_id=7, user_id=7)
     await storage.set_state(key, state)
     print("written", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ def sender(layer: Layer) -> Iterator[Broadcaster]:
     sender.finish()
 
 
-def until(happened: Callable[[], Any], seconds: float = 20.0) -> None:
+def until(happened: Callable[[], Any], seconds: float = 40.0) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, "it did not happen"
@@ -56,11 +57,12 @@ def test_the_first_is_sent_at_once_and_what_follows_together(sender: Broadcaster
     until(lambda: layer.sent)
     for version in range(2, 50):
         sender.hint("default", [("a", version), ("b", None)])
-    until(lambda: len(layer.sent) == 2)
-    (first_at, first), (second_at, second) = layer.sent
-    assert first == {"type": "hint", "records": [["default", "a", 1]], "more": False}
-    assert second["records"] == [["default", "a", 49], ["default", "b", None]]
-    assert second_at - first_at >= 0.24
+    until(lambda: ["default", "a", 49] in layer.sent[-1][1]["records"])
+    assert layer.sent[0][1] == {"type": "hint", "records": [["default", "a", 1]], "more": False}
+    assert layer.sent[-1][1]["records"] == [["default", "a", 49], ["default", "b", None]]
+    # One message, or some more if this thread stood still between two hints.
+    times = [at for at, _message in layer.sent]
+    assert all(later - earlier >= 0.24 for earlier, later in pairwise(times))
 
 
 def test_a_flood_takes_no_memory(sender: Broadcaster, layer: Layer) -> None:
@@ -69,7 +71,8 @@ def test_a_flood_takes_no_memory(sender: Broadcaster, layer: Layer) -> None:
     until(lambda: sender._more)
     for number in range(100 * MAX_RECORDS):
         sender.hint("default", [(f"k{number}", 1)])
-    assert len(sender._records) == 0
+        assert len(sender._records) <= MAX_RECORDS
+    until(lambda: not sender._records)  # while it tries again, it notes a few
     layer.error = None
     until(lambda: layer.sent)
     assert layer.sent[0][1] == {"type": "hint", "records": [], "more": True}
@@ -87,6 +90,7 @@ def test_a_layer_that_is_down_is_named_once(
     monkeypatch.setattr(broadcasting, "LONGEST_PAUSE", 0.3)
     layer.error = OSError("down")
     sender.hint("default", [("a", 1)])
+    until(lambda: "OSError: down" in caplog.text)
     time.sleep(1.2)
     assert caplog.text.count("live pages are not told: OSError: down") == 1
     layer.error = None
@@ -96,7 +100,7 @@ def test_a_layer_that_is_down_is_named_once(
 def test_the_end_waits_for_what_was_not_sent(sender: Broadcaster, layer: Layer) -> None:
     sender.hint("default", [("a", 1)])
     sender.hint("default", [("b", 1)])
-    sender.finish()
+    sender.finish(30)
     keys = [key for _at, message in layer.sent for _alias, key, _version in message["records"]]
     assert keys == ["a", "b"]
 

@@ -148,7 +148,7 @@ async def test_at_most_four_messages_a_second_and_none_of_the_changes_is_lost(co
 
     async def write() -> None:
         nonlocal version
-        while loop.time() - start < 2.0:
+        while loop.time() - start < 2.0 or version <= 100:  # also if the machine stood still for a while
             version += 1
             signals.hint("default", [("k", version)])
             await asyncio.sleep(0.002)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -22,6 +23,15 @@ Make = Callable[..., RedisStorage]
 Mirrored = Callable[..., RedisStorage]
 BUILDER = DefaultKeyBuilder(with_bot_id=True, with_business_connection_id=True, with_destiny=True)
 ALIAS = "mirrored"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that ask or stop a Redis themselves, on their loop, stand still for as long as it gets no processor."""
+    for item in items:
+        if isinstance(item, pytest.Function) and item.module.__name__.startswith("tests.redis."):
+            own = {"raw", "own_redis"} & inspect.signature(item.obj).parameters.keys()
+            if own and item.get_closest_marker("loop_gap") is None:
+                item.add_marker(pytest.mark.loop_gap(4))
 
 
 @pytest.fixture

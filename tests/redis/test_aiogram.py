@@ -89,7 +89,7 @@ async def test_either_reads_what_the_other_wrote(
 async def test_the_times_to_live_are_aiograms(
     make: Make, theirs: AiogramStorage, raw: redis.Redis, key: StorageKey
 ) -> None:
-    for state_ttl, data_ttl in ((100, None), (None, timedelta(hours=1)), (timedelta(days=30), 5)):
+    for state_ttl, data_ttl in ((100, None), (None, timedelta(hours=1)), (timedelta(days=30), 500)):
         found = []
         for storage in (
             theirs.__class__(theirs.redis, state_ttl=state_ttl, data_ttl=data_ttl),
@@ -100,7 +100,7 @@ async def test_the_times_to_live_are_aiograms(
             await storage.set_data(key, {"a": 1})
             await storage.update_data(key, {"b": 1})
             found.append([raw.ttl(f"fsm:-100200300:7:{part}") for part in ("state", "data")])
-        assert found[0] == pytest.approx(found[1], abs=1)
+        assert found[0] == pytest.approx(found[1], abs=10)  # a machine may stand still in between
 
 
 async def test_a_time_to_live_has_milliseconds(make: Make, raw: redis.Redis, key: StorageKey) -> None:

@@ -27,6 +27,8 @@ from fsm_storage.exceptions import (
 from tests.contract.isolation import IsolationContract
 from tests.contract.places import Isolate, none_left
 from tests.redis.conftest import Make
+from tests.redis.mirroring import becomes
+from tests.redis.patience import in_time
 from tests.redis.proxy import Proxy
 from tests.redis.writers import key_of
 from tests.servers import RedisServer, finish_child, start_child
@@ -62,7 +64,7 @@ class Child:
 class Keys:
     """The keys of locks in Redis."""
 
-    turns, lease = 3.0, 2.0
+    turns, lease = 3.0, 3.0
 
     def __init__(self, url: str, raw: redis.Redis) -> None:
         self._url, self._raw = url, raw
@@ -168,15 +170,18 @@ async def test_one_bad_key_of_a_batch_fails_alone(isolate: Isolate, raw: redis.R
 async def test_aiograms_lock_and_this_one_keep_each_other_out(isolate: Isolate, redis_url: str) -> None:
     client = Redis.from_url(redis_url)
     aiograms = RedisEventIsolation(client, lock_kwargs={"timeout": 60, "blocking_timeout": 0.2})
+    patient = RedisEventIsolation(client, lock_kwargs={"timeout": 60, "blocking_timeout": 30})
     async with aiograms.lock(key_of(1)):
-        with pytest.raises(LeaseTimeout):
-            async with isolate(timeout=0.2).lock(key_of(1)):
+        with pytest.raises(
+            LeaseTimeout
+        ):  # within which Redis has answered, also after the machine stood still
+            async with isolate(timeout=2.5).lock(key_of(1)):
                 pytest.fail("it entered")
     async with isolate().lock(key_of(1)):
         with pytest.raises(redis.exceptions.LockError):
             async with aiograms.lock(key_of(1)):
                 pytest.fail("it entered")
-    async with asyncio.timeout(30), aiograms.lock(key_of(1)):
+    async with asyncio.timeout(30), patient.lock(key_of(1)):  # it is given back a moment later
         pass
     await client.aclose()
 
@@ -196,18 +201,17 @@ async def test_a_handler_does_not_run_while_redis_does_not_answer(
             pytest.fail("it entered")
     assert time.monotonic() - began < 10
     proxy.mend()
-    async with isolation.lock(key_of(2)):
-        pass
+    await in_time(lambda: enter(isolation, 2))
     await isolation.close()
 
 
 async def test_a_redis_that_is_down_is_a_clear_error_and_the_lock_works_again_after_it(
     own_redis: RedisServer,
 ) -> None:
-    storage = RedisStorage.from_url(own_redis.url, mirror=False, timeout=1.0)
+    storage = RedisStorage.from_url(own_redis.url, mirror=False, timeout=2.5)
     isolation = storage.create_isolation()
     async with isolation.lock(key_of(1)):
-        waiting = asyncio.create_task(enter_when_free(isolation))
+        waiting = asyncio.create_task(enter(isolation, 1))
         await asyncio.sleep(0)
         await asyncio.to_thread(own_redis.kill)
         began = time.monotonic()
@@ -217,8 +221,7 @@ async def test_a_redis_that_is_down_is_a_clear_error_and_the_lock_works_again_af
         assert time.monotonic() - began < 15
         waiting.cancel()
     await asyncio.to_thread(own_redis.start)
-    async with isolation.lock(key_of(2)):
-        pass
+    await in_time(lambda: enter(isolation, 2))
     await storage.close()
     await isolation.close()
 
@@ -227,23 +230,28 @@ async def test_a_redis_that_is_down_is_a_clear_error_and_the_lock_works_again_af
 async def test_out_of_memory_nobody_enters_and_what_is_held_is_renewed_and_given_back(
     own_redis: RedisServer,
 ) -> None:
-    storage = RedisStorage.from_url(own_redis.url, mirror=False, timeout=2.0)
-    isolation = storage.create_isolation(lease=2.0)
+    storage = RedisStorage.from_url(own_redis.url, mirror=False)
+    isolation = storage.create_isolation(lease=8.0)
     with redis.Redis(port=own_redis.port) as raw:
+
+        async def is_renewed() -> bool:
+            return time.monotonic() + raw.pttl(LOCK) / 1000 > ends + 1.0
+
         async with isolation.lock(key_of(1)):
             raw.config_set("maxmemory", "1")
             with pytest.raises(RedisUnavailable, match="OOM"):
                 async with isolation.lock(key_of(2)):
                     pytest.fail("it entered")
-            await asyncio.sleep(4.5)
+            ends = time.monotonic() + raw.pttl(LOCK) / 1000
+            await becomes(is_renewed)
             assert locks(raw) == [LOCK.encode()]
         await none_left(isolation, Keys(own_redis.url, raw))
     await storage.close()
     await isolation.close()
 
 
-async def enter_when_free(isolation: DjangoEventIsolation) -> None:
-    async with isolation.lock(key_of(1)):
+async def enter(isolation: DjangoEventIsolation, n: int) -> None:
+    async with isolation.lock(key_of(n)):
         pass
 
 

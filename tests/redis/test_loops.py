@@ -16,6 +16,7 @@ from asgiref.sync import async_to_sync
 from fsm_storage import RedisStorage, storages
 from fsm_storage.exceptions import RedisUnavailable, StorageClosed, StorageTimeout
 from tests.redis.conftest import Make
+from tests.redis.patience import in_time
 from tests.redis.proxy import Proxy
 from tests.redis.writers import key_of
 from tests.servers import RedisServer, finish_child, start_child
@@ -33,7 +34,7 @@ def clients(raw: redis.Redis) -> int:
     return len(raw.client_list()) - 1
 
 
-def wait_until(condition: Any, seconds: float = 10.0) -> None:
+def wait_until(condition: Any, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -62,7 +63,7 @@ async def test_large_values_are_cut_into_batches(storage: RedisStorage) -> None:
 
 async def test_pressure_waits_and_then_says_so(make: Make, proxy: Proxy) -> None:
     storage = make(proxy.url, max_pending=5, timeout=0.5)
-    await storage.set_state(key_of(0), "a")
+    await in_time(lambda: storage.set_state(key_of(0), "a"))
     proxy.hold()
     replies = await asyncio.gather(
         *(storage.set_state(key_of(n), "b") for n in range(600)), return_exceptions=True
@@ -70,8 +71,8 @@ async def test_pressure_waits_and_then_says_so(make: Make, proxy: Proxy) -> None
     assert {type(reply) for reply in replies} == {StorageTimeout}
     assert any("5 operations are waiting" in str(reply) for reply in replies)
     proxy.mend()
-    await asyncio.gather(*(storage.set_state(key_of(n), "c") for n in range(600)))
-    assert await storage.get_state(key_of(599)) == "c"
+    await asyncio.gather(*(in_time(lambda n=n: storage.set_state(key_of(n), "c")) for n in range(600)))
+    assert await in_time(lambda: storage.get_state(key_of(599))) == "c"
 
 
 async def test_cancelled_callers_in_line_pass_their_turn_on(make: Make, proxy: Proxy) -> None:
@@ -102,25 +103,25 @@ async def test_closing_finishes_what_was_accepted(make: Make, raw: redis.Redis, 
     ):
         with pytest.raises(StorageClosed, match="closed"):
             await operation
-    wait_until(lambda: clients(raw) == 0)
+    await asyncio.to_thread(wait_until, lambda: clients(raw) == 0)
 
 
 async def test_closing_while_redis_is_away_ends(make: Make, own_redis: RedisServer) -> None:
     storage = make(own_redis.url, timeout=0.5)
-    await storage.set_state(key_of(0), "a")
+    await in_time(lambda: storage.set_state(key_of(0), "a"))
     own_redis.kill()
     writes = [asyncio.create_task(storage.set_state(key_of(n), "b")) for n in range(50)]
     await asyncio.sleep(0)
     started = time.monotonic()
     await storage.close()
     replies = await asyncio.gather(*writes, return_exceptions=True)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 8
     assert all(isinstance(reply, RedisUnavailable | StorageTimeout) for reply in replies)
 
 
 async def test_closing_takes_no_longer_than_the_timeout(make: Make, proxy: Proxy) -> None:
     """Also when first the writes wait for Redis, and then the mirror does."""
-    end = threading.Event()
+    end, given = threading.Event(), []
 
     class BusyMirror(threading.Thread):
         def run(self) -> None:
@@ -129,8 +130,12 @@ async def test_closing_takes_no_longer_than_the_timeout(make: Make, proxy: Proxy
         def stop(self) -> None:
             """Go on with what it is at."""
 
+        def join(self, timeout: float | None = None) -> None:
+            given.append(timeout)
+            super().join(timeout)
+
     storage = make(proxy.url, timeout=2.0)
-    await storage.set_state(key_of(0), "a")
+    await in_time(lambda: storage.set_state(key_of(0), "a"))
     storage._mirroring = BusyMirror()
     storage._mirroring.start()
     proxy.hold()
@@ -141,7 +146,10 @@ async def test_closing_takes_no_longer_than_the_timeout(make: Make, proxy: Proxy
     took = time.monotonic() - started
     end.set()
     proxy.mend()
-    assert took < 3.7
+    # Not by the clock alone, which goes on while the machine stands still: the mirror got what the writes had left.
+    assert len(given) == 1
+    assert given[0] < 1.0
+    assert took < 10
     with pytest.raises(StorageTimeout):
         await write
 
@@ -192,7 +200,7 @@ def test_closing_reaches_the_loops_of_other_threads(
 
     thread = threading.Thread(target=lambda: asyncio.run(work()))
     thread.start()
-    started.wait(10)
+    assert started.wait(60)
     asyncio.run(storage.close())
     wait_until(lambda: clients(raw) == 0)
     end.set()

@@ -19,7 +19,7 @@ from fsm_storage.mirror import worker
 from fsm_storage.mirror.applying import Applier, Clock, Entry
 from fsm_storage.mirror.stream import BATCH_BYTES, Stream
 from fsm_storage.mirror.table import MirrorTable
-from fsm_storage.models import FSMRecord, FSMTransition
+from fsm_storage.models import FSMRecord, FSMTransition, UtcNow
 from fsm_storage.outbox import Record, encode, missed_name, version_of
 from fsm_storage.patches import Patch
 from tests.redis.conftest import ALIAS, Mirrored
@@ -194,13 +194,16 @@ async def test_a_batch_has_no_more_bytes_than_it_may(mirrored: Mirrored, raw: re
 async def test_a_renewal_that_is_not_applied_yet_is_no_expiry(
     mirrored: Mirrored, database: str, key: StorageKey
 ) -> None:
-    storage = mirrored(state_ttl=2, data_ttl=2)
+    storage = mirrored(state_ttl=1000, data_ttl=1000)
     await storage.set_state(key, "a")
     await storage.set_data(key, {"n": 1})
     await mirror_all(storage)
-    await storage.set_state(key, "b", ttl=100)
-    await storage.set_data(key, {"n": 2}, ttl=100)
-    await asyncio.sleep(2.1)  # for the database's clock, the first state has expired
+    await storage.set_state(key, "b", ttl=2000)
+    await storage.set_data(key, {"n": 2}, ttl=2000)
+    await asyncio.sleep(1.5)  # the two clocks are compared only as well as the machine allows
+    # For the database's clock, the first state has expired by now, after it was renewed.
+    rows = FSMRecord.objects.using(database)
+    await in_thread(lambda: rows.update(state_expires_at=UtcNow(), data_expires_at=UtcNow()))
     async with mirroring(storage):
         await becomes(lambda: in_thread(lambda: record(database).data == {"n": 2}))
         await asyncio.sleep(0.6)

@@ -169,7 +169,7 @@ def test_what_a_killed_process_was_told_is_written_and_told(
 ) -> None:
     """Twenty rounds: Redis has what was acknowledged, and the outbox tells exactly what Redis has."""
     notes = tmp_path / "notes"
-    finish_child(start_child("tests.redis.writers", "write_and_be_killed", redis_url, str(notes), "20"))
+    finish_child(start_child("tests.redis.writers", "write_and_be_killed", redis_url, str(notes), "20"), 110)
     acknowledged: dict[tuple[str, int], int] = defaultdict(int)
     for line in notes.read_text().splitlines():
         kind, chat, n = line.split()

@@ -19,7 +19,8 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.sentinel import Sentinel
 
 from fsm_storage import RedisStorage
-from fsm_storage.exceptions import CorruptData, InvalidStorageError, RedisUnavailable
+from fsm_storage.exceptions import CorruptData, InvalidStorageError, RedisUnavailable, StorageTimeout
+from tests.redis.patience import in_time
 from tests.redis.proxy import Proxy
 from tests.redis.replay import replayed, stored
 from tests.redis.writers import key_of
@@ -41,7 +42,7 @@ def cluster() -> Iterator[RedisServer]:
     server = RedisServer(settings.TEST_DIR / f"redis-{uuid.uuid4().hex[:8]}", cluster_enabled="yes")
     with redis.Redis(port=server.port) as raw:
         raw.execute_command("CLUSTER ADDSLOTS", *range(16384))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 40
         while raw.cluster("INFO")["cluster_state"] != "ok":
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -80,7 +81,7 @@ async def test_sentinel(own_redis: RedisServer, tmp_path: Path) -> None:
     try:
         manager = Sentinel([("127.0.0.1", port)])
         storage = RedisStorage(
-            manager.master_for("bots"), timeout=20, mirror="apart"
+            manager.master_for("bots"), timeout=60, mirror="apart"
         )  # it may still be starting
         await exercise(storage)
         with redis.Redis(port=own_redis.port) as raw:
@@ -91,7 +92,7 @@ async def test_sentinel(own_redis: RedisServer, tmp_path: Path) -> None:
             await sentinel.aclose(close_connection_pool=True)
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(40)
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ async def test_tls(own_redis: RedisServer, certificate: Path, key: StorageKey) -
         await storage.close()
         stranger = RedisStorage.from_url(f"rediss://127.0.0.1:{proxy.port}/0", mirror=False, timeout=0.5)
         with pytest.raises(RedisUnavailable, match="certificate"):
-            await stranger.get_state(key)
+            await in_time(lambda: stranger.get_state(key), StorageTimeout)
         await stranger.close()
 
 

@@ -18,14 +18,14 @@ from aiogram.fsm.storage.redis import RedisStorage as AiogramStorage
 
 from fsm_storage import DjangoEventIsolation, LeaseLost, RedisStorage
 from tests import turns
-from tests.notes import notes
+from tests.notes import meet, notes
 
 
 def key_of(chat: int) -> StorageKey:
     return StorageKey(bot_id=1, chat_id=chat, user_id=chat)
 
 
-def add_fields(url: str, path: str, who: str, kind: str, start_at: str) -> None:
+def add_fields(url: str, path: str, who: str, kind: str) -> None:
     """At the same time as another process, add fields to the data of three chats, from eight tasks."""
     note = notes(path)
 
@@ -43,7 +43,7 @@ def add_fields(url: str, path: str, who: str, kind: str, start_at: str) -> None:
             else AiogramStorage.from_url(url)
         )
         await storage.get_state(key_of(0))
-        await asyncio.sleep(max(0.0, float(start_at) - time.time()))
+        meet(path, who, "ab")
         await asyncio.gather(*(add(storage, task) for task in range(8)))
         await storage.close()
 
@@ -65,7 +65,7 @@ def write_and_be_killed(url: str, path: str, rounds: str) -> None:
 
 def _wait_for_growth(path: str, size: int) -> None:
     """Wait until something was acknowledged: on a busy machine that may take a while."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not os.path.exists(path) or os.path.getsize(path) == size:
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -138,7 +138,7 @@ def hold_for_ever(url: str, path: str, lease: str) -> None:
 
 def lock_after_fork(url: str, path: str) -> None:
     """See `turns`."""
-    asyncio.run(turns.lock_after_fork(RedisStorage.from_url(url, mirror=False), path, 1.0))
+    asyncio.run(turns.lock_after_fork(RedisStorage.from_url(url, mirror=False), path, 3.0))
 
 
 if __name__ == "__main__":

@@ -26,14 +26,20 @@ def test_the_example_project_passes_djangos_checks() -> None:
 
 @pytest.mark.loop_gap(10)
 async def test_the_watch_sees_a_loop_that_stands_still() -> None:
-    async with watched_loop() as watch:
-        await asyncio.sleep(0.05)
-        time.sleep(1.0)
-    assert watch.longest > 0.9
+    for _ in range(5):  # for a machine that is busy just then, it takes something off
+        async with watched_loop() as watch:
+            await asyncio.sleep(0.05)
+            time.sleep(1.0)
+        if watch.longest > 0.9:
+            return
+    pytest.fail(f"it has seen {watch.longest:.3f} s")
 
 
 @pytest.mark.loop_gap(10)
 async def test_the_watch_sees_no_gap_in_a_loop_that_waits() -> None:
-    async with watched_loop() as watch:
-        await asyncio.sleep(1.0)
-    assert watch.longest < 0.9
+    for _ in range(5):  # the machine itself may stand still
+        async with watched_loop() as watch:
+            await asyncio.sleep(1.0)
+        if watch.longest < 0.9:
+            return
+    pytest.fail(f"it has seen {watch.longest:.3f} s")

@@ -24,9 +24,10 @@ def interrupted(stops: list[Stop]) -> Iterator[None]:
 
 def test_a_signal_is_heard_whenever_it_comes() -> None:
     """With an event of `threading`, whose lock the handler may find taken, this stands still for ever."""
-    stops, heard, end = [Stop()], 0, time.monotonic() + 1.5
+    stops, heard, began = [Stop()], 0, time.monotonic()
     with interrupted(stops):
-        while time.monotonic() < end:
+        # The signals come by the time that the process works, of which a busy machine may give it little.
+        while (took := time.monotonic() - began) < 1.5 or (heard <= 10 and took < 30):
             stops[-1].wait(0)
             if stops[-1].is_set():
                 heard += 1

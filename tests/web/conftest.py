@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +15,7 @@ from django.db.models.functions import Now
 from django.test import Client
 from django.urls import reverse
 
+from fsm_storage.admin import actions, changelist
 from fsm_storage.admin.forms import to_option
 from fsm_storage.admin.jsontext import compact, pretty
 from fsm_storage.admin.log import note_of
@@ -27,6 +28,15 @@ AGENT = [
 XSS = "<script>alert(1)</script>"
 
 _numbers = itertools.count(1000)
+
+
+@pytest.fixture(autouse=True)
+def _time_for_requests() -> Iterator[None]:
+    """A machine that stands still for a while must not break off what a test asks for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(changelist, "SEARCH_SECONDS", 60)
+        patch.setattr(actions, "WORK_SECONDS", 60.0)
+        yield
 
 
 @pytest.fixture

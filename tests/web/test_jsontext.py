@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fsm_storage.admin.jsontext import JSONTextError, compact, pretty, read_json, read_object
@@ -14,12 +14,18 @@ values = st.recursive(
 )  # fmt: skip
 
 
+# A machine may stand still for a while.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@unhurried
 @given(values)
 def test_what_is_shown_reads_back_as_the_same(value):
     assert compact(read_json(pretty(value))) == compact(value)
     assert compact(read_json(pretty(value).replace("\n", "\r\n"))) == compact(value)
 
 
+@unhurried
 @given(st.dictionaries(st.text(), values, max_size=4), st.text(), values, values)
 def test_a_key_that_is_there_twice_is_refused_wherever_it_is(around, key, one, other):
     twice = f"{{{json.dumps(key)}: {json.dumps(one)}, {json.dumps(key)} : {json.dumps(other)}}}"
