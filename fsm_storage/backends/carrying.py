@@ -118,8 +118,7 @@ class Carrier:
     def _open_near(self) -> None:
         if self.closed:
             return
-        with self._session.guard:
-            self._near.open(self._session.dialect, prepares=self._session.may_prepare)
+        self._near.open(self._session.dialect, self._session.guard, prepares=self._session.may_prepare)
 
     def _release_worker(self) -> None:
         try:

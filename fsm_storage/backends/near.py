@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any, Protocol
 
 from django.db import connections
@@ -115,15 +115,25 @@ class Near:
                 return
         connection.close()
 
-    def open(self, dialect: Dialect, *, prepares: Callable[[BaseDatabaseWrapper], bool]) -> None:
-        """Open another connection, if a loop found none and the database is one for it. In a worker thread."""
+    def open(
+        self,
+        dialect: Dialect,
+        guard: Callable[[], AbstractContextManager[Any]],
+        *,
+        prepares: Callable[[BaseDatabaseWrapper], bool],
+    ) -> None:
+        """Open another connection, if a loop found none and the database is one for it. In a worker thread.
+
+        `guard()` is held meanwhile.
+        """
         if not self._is_wanted or dialect.drives is None or time.monotonic() < self._not_before:
             return
         if self._opening.acquire(blocking=False):  # else another worker thread is at it
             try:
                 self._reclaim()
                 if self._opened < MAX_CONNECTIONS:
-                    self._open(dialect, prepares)
+                    with guard():
+                        self._open(dialect, prepares)
             finally:
                 self._opening.release()
 

@@ -69,6 +69,7 @@ class Session:
     def __init__(self, database: str, timeout: float) -> None:
         self.database, self.timeout = database, timeout
         self._dialect: Dialect | None = None
+        self._is_embedded = False
         # The driver's connection of a worker thread on which the session statements have run.
         self._thread = threading.local()
         # Keys whose row was locked lately: they do not go the short way, on which the thread waits.
@@ -90,6 +91,7 @@ class Session:
                 if flaw.is_serious():
                     raise InvalidStorageError(f"{flaw.msg} {flaw.hint}")
             self._dialect = cast(Dialect, dialect_for(connections[self.database].vendor))
+            self._is_embedded = self._dialect.is_embedded
         return self._dialect
 
     def read(self, reads: Sequence[Read], scope: Scope, deadline: float) -> Sequence[ReadReply]:
@@ -130,7 +132,7 @@ class Session:
         while True:
             unit = self._unit()
             try:
-                with self.guard, unit.transaction(wait=self.timeout):
+                with self.guard(), unit.transaction(wait=self.timeout):
                     replies = self._until_done(partial(self._write_waiting, unit, scope), writes, deadline)
                     for reply in replies:
                         if isinstance(reply, BaseException) and (
@@ -200,14 +202,12 @@ class Session:
     def release(self) -> None:
         """Close this thread's connection."""
         self._thread.connection = None
-        with self.guard, suppress(Error):
+        with self.guard(), suppress(Error):
             connections[self.database].close()
 
-    @property
     def guard(self) -> AbstractContextManager[Any]:
-        """What the calling thread holds while it is in the database's library, where a fork minds it."""
-        is_embedded = self._dialect is not None and self._dialect.is_embedded
-        return at_work.guard() if is_embedded else _NO_GUARD
+        """Return what the calling thread holds while it is in the database's library, where a fork minds it."""
+        return at_work.guard() if self._is_embedded else _NO_GUARD
 
     def _unit(self) -> Unit:
         wrapper = connections[self.database]
@@ -236,7 +236,7 @@ class Session:
         while True:
             unit = self._unit()
             try:
-                with self.guard:
+                with self.guard():
                     return run(unit)
             except Error as error:
                 if not self._may_retry(unit, error, deadline, attempt):
