@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
 from itertools import pairwise
@@ -193,6 +193,10 @@ class Pending:
         return counted
 
 
+Step = Callable[[], tuple[int, bool]]
+"""Counts one batch."""
+
+
 class Roller:
     """Counts what is new, in batches, each a transaction of its own.
 
@@ -203,15 +207,18 @@ class Roller:
     def __init__(self, using: str, batch_size: int = 5000) -> None:
         self.using, self.batch_size = using, batch_size
 
-    def roll(self) -> Iterator[int]:
-        """Count until nothing is left; yield how many transitions each batch had."""
+    def roll(self, carry_out: Callable[[Step], tuple[int, bool]] = lambda step: step()) -> Iterator[int]:
+        """Count until nothing is left; yield how many transitions each batch had.
+
+        `carry_out(step)` calls `step`, once or again after a fault that may pass, and returns what it returns.
+        """
         while True:
-            rows, is_all = self.step()
+            rows, is_all = carry_out(self._step)
             yield rows
             if is_all:
                 return
 
-    def step(self) -> tuple[int, bool]:
+    def _step(self) -> tuple[int, bool]:
         """Count one batch; return how many transitions it had, and whether that was all."""
         features = connections[self.using].features
         marks = FSMRollupMark.objects.using(self.using)

@@ -156,9 +156,8 @@ def _close_storages(_django_db_marker: None) -> Iterator[None]:
     yield
     storages.close_all()
     for carrier in list(_opened):
-        carrier._timeout = (
-            30.0  # or a thread that a busy machine holds up would write into the next test's tables
-        )
+        # Or a thread that a busy machine holds up would write into the next test's tables.
+        carrier._timeout = 30.0
         carrier.shut()
     _opened.clear()
 

@@ -90,7 +90,8 @@ _is_waiting = False
 """A fork does, and holds `_listing`."""
 _threads: weakref.WeakSet[_Thread] = weakref.WeakSet()
 _apart: weakref.WeakSet[Closable] = weakref.WeakSet()
-_left_behind: list[Any] = []
+left_behind: list[Any] = []
+"""A forked child must neither use its parent's connections nor close them."""
 _forks = _Forks()
 at_work = _Work()
 
@@ -146,7 +147,7 @@ def _in_child() -> None:
     """Only the thread that forked is there."""
     global _listing, _threads
     fork = _go_on()
-    _left_behind.append(fork.threads)
+    left_behind.append(fork.threads)
     _listing = threading.RLock()
     _threads = weakref.WeakSet([at_work.thread])
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from fsm_storage.backends.forks import left_behind
 from fsm_storage.backends.here import Here
 from fsm_storage.dialects import Dialect, Plan
 
@@ -194,13 +195,11 @@ class Near:
 
 
 _all: weakref.WeakSet[Near] = weakref.WeakSet()
-_left_behind: list[Any] = []
-"""A forked child must neither use its parent's connections nor close them."""
 
 
 def _start_anew() -> None:
     for near in list(_all):
-        _left_behind.extend((near._idle, near._lent))
+        left_behind.extend((near._idle, near._lent))
         near._start()
 
 

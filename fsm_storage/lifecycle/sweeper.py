@@ -70,12 +70,11 @@ class Sweeper:
             total += swept
             yield total
             _rest(began)
-        roller, is_all = Roller(self.storage.database, self.batch_size), False
-        while not is_all:
-            began = time.monotonic()
-            _, is_all = self.storage.retried(roller.step)
+        began = time.monotonic()
+        for _ in Roller(self.storage.database, self.batch_size).roll(self.storage.retried):
             yield total
             _rest(began)
+            began = time.monotonic()
 
     def prune(self, keep: timedelta) -> Iterator[Swept]:
         """Delete the storage's transitions that are older than `keep`; yield the count after each batch.

@@ -273,7 +273,7 @@ def sqlite_locked(database: str) -> Iterator[None]:
 
 @ONLY_SQLITE
 @pytest.mark.slow
-@pytest.mark.loop_gap(1.5)
+@pytest.mark.loop_gap(0.25)
 async def test_sqlite_locked_for_two_seconds_is_waited_for(make_storage: Make, database: str) -> None:
     storage = make_storage(timeout=20.0)  # for a busy machine, on which it may be locked for longer
     await storage.set_state(chat(0), "a")
@@ -287,6 +287,7 @@ async def test_sqlite_locked_for_two_seconds_is_waited_for(make_storage: Make, d
 
 
 @ONLY_SQLITE
+@pytest.mark.loop_gap(0.25)
 async def test_sqlite_locked_for_longer_is_a_clear_error_in_time(make_storage: Make, database: str) -> None:
     storage = make_storage(timeout=1.0)
     await in_time(lambda: storage.set_state(chat(0), "old"), 1.0)

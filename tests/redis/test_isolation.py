@@ -172,9 +172,8 @@ async def test_aiograms_lock_and_this_one_keep_each_other_out(isolate: Isolate, 
     aiograms = RedisEventIsolation(client, lock_kwargs={"timeout": 60, "blocking_timeout": 0.2})
     patient = RedisEventIsolation(client, lock_kwargs={"timeout": 60, "blocking_timeout": 30})
     async with aiograms.lock(key_of(1)):
-        with pytest.raises(
-            LeaseTimeout
-        ):  # within which Redis has answered, also after the machine stood still
+        with pytest.raises(LeaseTimeout):
+            # Within which Redis has answered, also after the machine stood still.
             async with isolate(timeout=2.5).lock(key_of(1)):
                 pytest.fail("it entered")
     async with isolate().lock(key_of(1)):
